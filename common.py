@@ -1,0 +1,844 @@
+"""What the four scripts share, in the order the data flows.
+
+1. options, seed, device      2. dataset and practice pill     3. ResNet features by forward hooks
+4. nearest neighbors          5. greedy coreset                6. metrics and threshold
+7. report, save, load, predict
+
+Sections 4 and 5 are the heart of PatchCore: exact search and k-center greedy, without a library.
+"""
+
+import argparse
+import collections
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from scipy import ndimage
+from sklearn.metrics import f1_score, precision_recall_curve, roc_auc_score, roc_curve
+from torchvision.transforms import functional as transforms
+from tqdm import tqdm
+
+matplotlib.use("Agg")  # figures go to files: no window, no display needed
+from matplotlib import pyplot  # noqa: E402
+
+# ------------------------------------------------------------------ 1. options, seed, device
+
+METHODS = ["autoencoder", "dfr", "knn", "patchcore"]
+# Options about this run, not about the model: --load takes all others from the saved file.
+RUN_OPTIONS = "data out batch_size device backend false_alarm_rate save load predict".split()
+SECONDS: dict[str, float] = {}  # stage -> wall-clock seconds, filled by `stage`
+
+
+class UserError(Exception):
+    """Something the user can fix. `run` prints it as one line on stderr and exits with 2."""
+
+
+def run(main) -> None:
+    """Calls `main()`: errors a user can fix exit with 2, Ctrl-C with 130, neither as a traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was left half-written", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our stdout went away, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def progress(iterable=None, description="", **settings):
+    """A tqdm bar on stderr; none when stderr is not a terminal."""
+    return tqdm(iterable, description, disable=None, leave=False, dynamic_ncols=True, **settings)
+
+
+@contextlib.contextmanager
+def stage(name: str):
+    """Adds the seconds spent inside to `SECONDS[name]`."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # kernels run behind the host's back: wait before reading the clock
+    SECONDS[name] = SECONDS.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def atomic(path: Path):
+    """Yields a temporary path that becomes `path` on success: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): free space or change --out")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number of `kind` in [low, high]; with float bounds, low is left out."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (kind is float and value == low):
+            raise argparse.ArgumentTypeError(
+                f"{text}: expected {'more than' if kind is float else 'at least'} {low}"
+                + (f" and at most {high}" if high < math.inf else "")
+            )
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+def parse_options(method: str, description: str, add_options=lambda add: None):
+    """Reads the command line, and with --load the saved model, whose settings then apply.
+
+    add_options: called with `add_argument`, for the options a script has of its own.
+    Returns (options, model): a Namespace, and the dict that `save_model` wrote, or None.
+    Raises UserError for an option that cannot work.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def refuse(message):
+        raise UserError(f"{message} (see --help)")
+
+    parser.error = refuse
+    add = parser.add_argument
+    resnets = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
+    add("--data", type=Path, metavar="DIR", help="MVTec layout; left out: a practice pill is drawn")
+    add("--out", type=Path, metavar="DIR", default=Path("results"), help="default: results")
+    add("--weights", metavar="W", default="imagenet", help="imagenet (default), random or FILE.pth")
+    add("--backbone", choices=resnets, metavar="B", default="resnet50", help="default: resnet50")
+    add("--resize", type=number(int, 32), default=256, help="shorter side in pixels (256)")
+    add("--crop", type=number(int, 32), default=224, help="center crop in pixels (224)")
+    add("--batch-size", type=number(int, 1), default=16, help="images at a time (16)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0)
+    add("--backend", choices=["auto", "torch", "cupy"], default="auto", help="search and coreset")
+    add("--false-alarm-rate", type=number(float, 0, 0.5), default=0.05, metavar="RATE",
+        help="share of normal images that the threshold may report (0.05)")  # fmt: skip
+    add("--save", type=Path, metavar="FILE", help="write the fitted model")
+    add("--load", type=Path, metavar="FILE", help="use a saved model instead of fitting")
+    add("--predict", type=Path, nargs="+", metavar="PATH", help="images or folders to judge")
+    add_options(add)
+
+    defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
+    parser.set_defaults(**dict.fromkeys(defaults, argparse.SUPPRESS))
+    given = vars(parser.parse_args())
+    model = load_model(given["load"], method) if "load" in given else None
+    settings = model["settings"] if model else {}
+    for name in sorted(given.keys() & settings.keys() - {"weights"}):
+        if given[name] != settings[name]:
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{option}: {given['load']} was fitted with {settings[name]}, not {given[name]}: "
+                f"leave {option} out or fit again"
+            )
+    options = argparse.Namespace(**{**defaults, **settings, **given}, method=method)
+    check_options(options)
+    torch.manual_seed(options.seed)
+    return options, model
+
+
+def check_options(options) -> None:
+    """Refuses what cannot work before any time is spent; resolves --device auto."""
+    if options.crop > options.resize:
+        raise UserError(f"--crop {options.crop}: expected at most --resize {options.resize}")
+    available = {"cpu": True, "cuda": torch.cuda.is_available()}
+    available["mps"] = torch.backends.mps.is_available()
+    if options.device == "auto":
+        options.device = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[options.device]:
+        raise UserError(f"--device {options.device}: not available here: use --device cpu")
+    if options.backend == "cupy" and options.device != "cuda":
+        raise UserError(f"--backend cupy: needs --device cuda, not {options.device}: use torch")
+    options.out = options.out / options.method
+    for option, folder in [("--out", options.out), ("--save", options.save and options.save.parent)]:
+        if folder:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".{os.getpid()}.tmp"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise UserError(f"{option} {folder}: cannot be written ({error.strerror})") from None
+    if options.save and options.save.is_dir():
+        raise UserError(f"--save {options.save}: is a folder: expected a file name")
+    for path in options.predict or []:
+        if not path.exists():
+            raise UserError(f"--predict {path}: no such file or folder")
+
+
+# ------------------------------------------------------------------ 2. dataset and practice pill
+
+SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+DEFECTS = "crack color contamination scratch faulty_imprint pill_type combined".split()
+
+
+class Split(NamedTuple):
+    """One part of a dataset, decoded once. N may be 0."""
+
+    paths: list[Path]
+    defects: list[str]  # "good" or the defect type, per image
+    pixels: torch.Tensor  # (N, 3, crop, crop) uint8
+    masks: torch.Tensor | None  # (N, crop, crop) bool, True on a defect; None: no ground truth
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) bool: True for a defective image."""
+        return np.array([defect != "good" for defect in self.defects], dtype=bool)
+
+
+def read_image(path: Path, is_mask=False) -> Image.Image:
+    """Any file Pillow reads, as 8-bit RGB, turned upright by its EXIF orientation.
+
+    is_mask: as black and white instead, white wherever a pixel is not zero.
+    Raises UserError when the file is not an image, is damaged, or has 32-bit pixels.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if is_mask:
+                values = np.atleast_3d(np.asarray(image))[..., :3] != 0
+                return Image.fromarray(np.uint8(255) * values.any(axis=2))
+            if image.mode.startswith("I"):  # 16 bits a pixel: the upper 8; `convert` would clip
+                values = np.asarray(image)
+                if values.min() < 0 or values.max() > 65535:
+                    raise ValueError("32-bit pixels; expected 8 or 16")
+                image = Image.fromarray((values // 256).astype(np.uint8))
+            elif image.mode == "F":
+                raise ValueError("floating-point pixels; expected 8 or 16 bits")
+            elif image.has_transparency_data:  # shown on white, as an image viewer does
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise nearly everything on damaged files
+        reason = str(error).replace("\n", " ") or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({reason}): replace or remove it")
+
+
+def prepare(image: Image.Image, options, is_mask=False) -> torch.Tensor:
+    """Shorter side to --resize, center crop: (3, crop, crop) uint8 (a mask: nearest, not blended)."""
+    mode = transforms.InterpolationMode.NEAREST if is_mask else transforms.InterpolationMode.BILINEAR
+    image = transforms.resize(image, options.resize, mode)
+    return transforms.pil_to_tensor(transforms.center_crop(image, options.crop))
+
+
+def load_data(options) -> tuple[Split, Split]:
+    """(train, test) from --data, or from the practice pill; what a run does not need stays empty.
+
+    train: only train/good, and only when a model has to be fitted. test: all of test/*.
+    Raises UserError naming the folder or file, what was expected and what to do.
+    """
+    empty = Split([], [], torch.empty(0, 3, options.crop, options.crop, dtype=torch.uint8), None)
+    if options.load and options.predict and not options.data:
+        return empty, empty  # a saved model and photos to judge: no dataset involved
+    options.demo = options.data is None
+    if options.demo:
+        options.data = Path("synthetic_pill")
+        if not options.data.exists():
+            draw_practice_pill(options.data)
+    root, normal = options.data, options.data / "train" / "good"
+    if not normal.is_dir():
+        found = sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else "no such folder"
+        raise UserError(
+            f"--data {root}: expected normal images in {normal}, found {found or 'an empty folder'}"
+        )
+    test_folders = sorted(p for p in (root / "test").glob("*") if p.is_dir())
+    test_folders.sort(key=lambda p: p.name != "good")
+    test_paths = [path for folder in test_folders for path in image_files(folder)]
+    train_paths = image_files(normal)
+    if not train_paths:
+        raise UserError(f"{normal}: holds no image: put the normal images there")
+    if not test_paths:
+        warn(f"{root / 'test'}: holds no image: there is nothing to evaluate on")
+    files = [(str(p.relative_to(root)), p.stat().st_size) for p in train_paths + test_paths]
+    options.data_fingerprint = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+    with stage("decode"):
+        train = empty if options.load else load_split(train_paths, root, options)
+        return train, load_split(test_paths, root, options) if test_paths else empty
+
+
+def image_files(folder: Path, recursive=False) -> list[Path]:
+    """The image files of a folder, sorted; hidden files and other suffixes are passed over."""
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted(
+        p for p in found if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file()
+    )
+
+
+def load_split(paths: list[Path], root: Path, options) -> Split:
+    """Decodes images and masks on all cores (Pillow lets go of Python's lock while it works)."""
+    has_masks = (root / "ground_truth").is_dir()
+    if not has_masks and any(path.parent.name != "good" for path in paths):
+        warn(f"{root / 'ground_truth'}: no such folder: pixel metrics will be null")
+
+    def load(path):
+        image = read_image(path)
+        if min(image.size) < options.crop:
+            size = f"{image.width} x {image.height}"
+            raise UserError(f"{path}: is {size}, smaller than --crop {options.crop}: lower --crop")
+        pixels = prepare(image, options)
+        if path.parent.name == "good" or not has_masks:
+            return pixels, torch.zeros(options.crop, options.crop, dtype=torch.bool)
+        mask_path = root / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
+        if not mask_path.is_file():
+            raise UserError(f"{path}: has no mask: expected {mask_path}")
+        mask = read_image(mask_path, is_mask=True)
+        if mask.size != image.size:
+            sizes = [f"{i.width} x {i.height}" for i in (mask, image)]
+            raise UserError(f"{mask_path}: is {sizes[0]}, its image {path} is {sizes[1]}: make equal")
+        return pixels, prepare(mask, options, is_mask=True)[0] > 0
+
+    with ThreadPool() as pool:
+        loaded = list(progress(pool.imap(load, paths), "decode", total=len(paths)))
+    pixels, masks = (torch.stack(tensors) for tensors in zip(*loaded, strict=True))
+    return Split(paths, [path.parent.name for path in paths], pixels, masks if has_masks else None)
+
+
+class Pill(NamedTuple):
+    """A pill being drawn, in its own frame: x from -1 to 1 along its length, y to scale."""
+
+    random: np.random.Generator
+    to_pixels: object  # points (P, 2) -> pixel coordinates (P, 2)
+    grid: np.ndarray  # (2, S, S) pixel coordinates x, y
+    surface: np.ndarray  # (S, S, 3) color of the material
+    height: np.ndarray  # (S, S) relief in pixels, gives the shading
+    mask: np.ndarray  # (S, S) from 0 to 1, where it is defective
+    severity: float  # 0.35 (subtle) to 1 (plain)
+
+    def paint(self, where, color, opacity):
+        """Blends `color` into the surface; `where` is (S, S), from 0 to 1."""
+        alpha = opacity * where[..., None]
+        self.surface[:] = self.surface * (1 - alpha) + np.array(color) * alpha
+
+    def mark(self, where):
+        np.maximum(self.mask, where, out=self.mask)
+
+    def anywhere(self, spread):
+        """A random point (2,) within `spread` of the pill's radius."""
+        radius, angle = spread * self.random.uniform() ** 0.5, self.random.uniform(0, 2 * np.pi)
+        return radius * np.array([np.cos(angle), PILL_ASPECT * np.sin(angle)])
+
+
+PILL_SIZE, PILL_LENGTH, PILL_ASPECT = 320, 128, 0.61  # image side and half length in pixels
+IMPRINT = [  # the letters FF, stroke by stroke
+    stroke
+    for x in (-0.22, 0.06)
+    for stroke in (
+        [(x, -0.19), (x, 0.19)], [(x, -0.19), (x + 0.18, -0.19)], [(x, -0.01), (x + 0.13, -0.01)],
+    )
+]  # fmt: skip
+
+
+def draw_practice_pill(folder: Path, seed=0, train=60, good=20, per_defect=6) -> None:
+    """Draws a seeded dataset in MVTec layout, after MVTec AD's pill, for a first run without data.
+
+    The folder appears when it is complete. Seeds are per image: more images keep the first ones.
+    """
+    counts = {"train/good": train, "test/good": good}
+    counts |= {f"test/{defect}": per_defect for defect in DEFECTS}
+    jobs = [
+        (seed, number, name, i)
+        for number, (name, n) in enumerate(counts.items())
+        for i in range(n)
+    ]
+
+    def draw(job):
+        *entropy, name, i = job
+        image, mask = pill_image(np.random.default_rng([*entropy, i]), name.split("/")[1])
+        Image.fromarray(image).save(partial / name / f"{i:03d}.png")
+        if name.split("/")[1] != "good":
+            target = partial / name.replace("test", "ground_truth") / f"{i:03d}_mask.png"
+            Image.fromarray(np.uint8(255) * mask).save(target)
+
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        for name in [*counts, *(f"ground_truth/{defect}" for defect in DEFECTS)]:
+            (partial / name).mkdir(parents=True)
+        with ThreadPool() as pool:
+            bar = progress(pool.imap(draw, jobs), "draw the practice pill", total=len(jobs))
+            collections.deque(bar, maxlen=0)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be drawn ({error.strerror}): go to a writable folder")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def pill_image(random: np.random.Generator, defect="good") -> tuple[np.ndarray, np.ndarray]:
+    """One photograph of a pill: image (S, S, 3) uint8 and defect mask (S, S) bool."""
+    size, length, width = PILL_SIZE, PILL_LENGTH, PILL_LENGTH * PILL_ASPECT
+    center, angle = size / 2 + random.normal(0, 2.6, 2), np.radians(random.normal(0, 2.0))
+    zoom = length * random.normal(1, 0.012)
+    turn = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    grid = np.mgrid[:size, :size][::-1] + 0.5
+    u, v = np.einsum("ij,jhw->ihw", np.linalg.inv(turn), grid - center[:, None, None])
+    radius = (np.abs(u) ** 2.3 + np.abs(v / PILL_ASPECT) ** 2.3) ** (1 / 2.3)
+    outline = np.clip((1 - radius) * width + 0.5, 0, 1)  # antialiased
+
+    dome = 61 * np.sqrt(1 - np.minimum(radius, 1) ** 3.5)
+    grain = 0.10 * smooth_noise(random, 1.5) + 0.12 * smooth_noise(random, 6)
+    cream = np.array([0.90, 0.87, 0.81]) * (1 + 0.012 * smooth_noise(random, 14))[..., None]
+    pill = Pill(random, lambda points: center + points @ turn.T, grid, cream, dome + grain,
+                np.zeros((size, size)), random.uniform(0.35, 1.0))  # fmt: skip
+    found = random.choice(DEFECTS[:5], 2, replace=False) if defect == "combined" else [defect]
+    speckle_color = np.array([0.66, 0.17, 0.20])
+    if "pill_type" in found:
+        other = [(0.85, 0.66, 0.15), (0.25, 0.40, 0.62), (0.30, 0.50, 0.25)][random.integers(3)]
+        speckle_color += pill.severity * (other - speckle_color)
+        pill.paint(outline, other, 0.10 * pill.severity)
+        pill.mark(outline)
+    draw_imprint(pill, "faulty_imprint" in found)
+    draw_speckles(pill, speckle_color)
+    if "color" in found or "contamination" in found:
+        draw_stains(pill, "color" in found, "contamination" in found)
+    if "scratch" in found or "crack" in found:
+        draw_lines(pill, outline, "scratch" in found, "crack" in found)
+    return photograph(pill, outline), pill.mask > 0.3
+
+
+def smooth_noise(random, sigma: float) -> np.ndarray:
+    """(S, S) Gaussian noise of unit variance, correlated over `sigma` pixels."""
+    noise = ndimage.gaussian_filter(random.standard_normal((PILL_SIZE, PILL_SIZE)), sigma)
+    return noise / noise.std()
+
+
+def strokes(pill: Pill, lines, width: float) -> np.ndarray:
+    """(S, S) from 0 to 1: polylines in the pill's frame, round ends, `width` in pixels."""
+    canvas = Image.new("L", (4 * PILL_SIZE, 4 * PILL_SIZE))  # four times as large, then averaged
+    pen = ImageDraw.Draw(canvas)
+    for line in lines:
+        points = 4 * pill.to_pixels(np.asarray(line))
+        pen.line([tuple(p) for p in points], fill=255, width=round(4 * width), joint="curve")
+        for x, y in (points[0], points[-1]):
+            pen.ellipse((x - 2 * width, y - 2 * width, x + 2 * width, y + 2 * width), fill=255)
+    return np.asarray(canvas.resize((PILL_SIZE, PILL_SIZE), Image.Resampling.BOX)) / 255
+
+
+def draw_imprint(pill: Pill, faulty: bool) -> None:
+    """Presses FF into the pill; faulty: strokes missing, struck twice, or slanted."""
+    random, lines = pill.random, IMPRINT
+    expected = strokes(pill, lines, 7)
+    kind = random.integers(3)
+    if faulty and kind == 0:
+        lines = [lines[i] for i in random.permutation(6)[round(1 + 3 * pill.severity) :]]
+    elif faulty and kind == 1:
+        shift = random.choice([-1, 1], 2) * random.uniform(0.03, 0.06 + 0.06 * pill.severity, 2)
+        lines = lines + [line + shift for line in np.array(lines)]
+    elif faulty:
+        slant = random.choice([-1, 1]) * (0.2 + 0.5 * pill.severity)
+        lines = [[(x + slant * y, y + slant * x) for x, y in line] for line in lines]
+    imprint = strokes(pill, lines, 7)
+    pill.height[:] -= 3.2 * ndimage.gaussian_filter(imprint, 1.3)
+    pill.mark(np.abs(imprint - expected))
+
+
+def draw_speckles(pill: Pill, color) -> None:
+    for _ in range(pill.random.poisson(75)):
+        center = pill.to_pixels(pill.anywhere(0.98))
+        left, top = np.maximum(center.astype(int) - 8, 0)
+        window = (slice(top, top + 17), slice(left, left + 17))  # a speckle is small: work there
+        stretch, spot = pill.random.uniform(0.7, 1.4), pill.random.lognormal(0.15, 0.45)
+        x, y = pill.grid[(slice(None), *window)] - center[:, None, None]
+        where = np.clip(spot + 0.7 - np.hypot(x * stretch, y / stretch), 0, 1)
+        alpha = pill.random.uniform(0.25, 0.9) * where[..., None]
+        pill.surface[window] += alpha * (color - pill.surface[window])
+
+
+def draw_stains(pill: Pill, color: bool, contamination: bool) -> None:
+    """A soft discoloration, or one to three specks of dirt that stand out from the surface."""
+    random = pill.random
+
+    def blob(radius, ragged):
+        x, y = pill.grid - pill.to_pixels(pill.anywhere(0.7))[:, None, None]
+        distance = np.hypot(x * random.uniform(0.7, 1.2), y * random.uniform(0.7, 1.2))
+        distance += ragged * radius * smooth_noise(random, 0.6 * radius + 1)
+        return np.clip((radius - distance) / 3 + 0.5, 0, 1)
+
+    if color:
+        tint = [(0.80, 0.62, 0.30), (0.72, 0.35, 0.36), (0.62, 0.60, 0.66)][random.integers(3)]
+        where = ndimage.gaussian_filter(blob(random.uniform(11, 29), 0.25), 2)
+        pill.paint(where, tint, 0.25 + 0.6 * pill.severity)
+        pill.mark(where)
+    if contamination:
+        dirt = [(0.22, 0.17, 0.12), (0.45, 0.36, 0.22), (0.30, 0.32, 0.36)][random.integers(3)]
+        where = np.maximum.reduce(
+            [blob(random.uniform(4, 11), 0.4) for _ in range(random.integers(1, 4))]
+        )
+        pill.paint(where, dirt, 0.45 + 0.5 * pill.severity)
+        pill.height[:] += 2 * ndimage.gaussian_filter(where, 1.5)
+        pill.mark(where)
+
+
+def draw_lines(pill: Pill, outline, scratch: bool, crack: bool) -> None:
+    """Shallow scratches side by side, or a dark, jagged crack from the edge inward."""
+    random, severity = pill.random, pill.severity
+
+    def groove(lines, width, darkness, depth):
+        where = strokes(pill, lines, width) * outline
+        pill.paint(where, (0, 0, 0), darkness)
+        pill.height[:] -= depth * ndimage.gaussian_filter(where, 0.8)
+        pill.mark(ndimage.grey_dilation(where, 3))
+
+    if scratch:
+        start, heading, lines = pill.anywhere(0.5), random.uniform(0, 2 * np.pi), []
+        for _ in range(random.integers(1, 4)):
+            angle = heading + random.normal(0, 0.08)
+            along = np.array([np.cos(angle), np.sin(angle)])
+            t = np.linspace(-0.5, 0.5, 12)[:, None] * random.uniform(0.25, 0.7)
+            bend = random.normal(0, 0.25) * t**2 * along[::-1] * (-1, 1)
+            lines.append(start + random.normal(0, 0.05, 2) + t * along + bend)
+        groove(lines, random.uniform(1.2, 2.4), 0.08 + 0.25 * severity, 1 + 2.5 * severity)
+    if crack:
+        angle = random.uniform(0, 2 * np.pi)
+        edge = 1.02 * np.array([np.cos(angle), PILL_ASPECT * np.sin(angle)])
+        inward = np.arctan2(*-edge[::-1]) + random.normal(0, 0.35)
+        turns = inward + random.normal(0, 0.55, random.integers(6, 16))
+        path = edge + 0.055 * np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1), 0)
+        branch = inward + random.choice([-1, 1]) * random.uniform(0.5, 0.9, 4)
+        fork = path[len(path) // 2] + 0.055 * np.cumsum(
+            np.stack([np.cos(branch), np.sin(branch)], 1), 0
+        )
+        lines = [[edge, *path], [path[len(path) // 2], *fork]][: random.integers(1, 3)]
+        groove(lines, random.uniform(1.3, 1.8 + 1.6 * severity), 0.45 + 0.4 * severity, 2.5)
+
+
+def photograph(pill: Pill, outline: np.ndarray) -> np.ndarray:
+    """(S, S, 3) uint8: shading from the relief, a dark ground, and a camera's blur and noise."""
+    random = pill.random
+    dy, dx = np.gradient(ndimage.gaussian_filter(pill.height, 0.6))
+    normal = np.stack([-dx, -dy, np.ones_like(dx)])
+    normal /= np.linalg.norm(normal, axis=0)
+    light = np.array([-0.42, -0.55, 0.90]) + random.normal(0, 0.035, 3)
+    light /= np.linalg.norm(light)
+    halfway = (light + (0, 0, 1)) / np.linalg.norm(light + (0, 0, 1))
+    diffuse, gloss = (np.clip(np.einsum("i,ihw->hw", v, normal), 0, 1) for v in (light, halfway))
+    shaded = pill.surface * (0.2 + 0.8 * diffuse)[..., None] + 0.07 * gloss[..., None] ** 40
+
+    shadow = ndimage.gaussian_filter(ndimage.shift(outline, (6, 5), order=1), 10)
+    ground = 0.085 + 0.02 * pill.grid.mean(0) / PILL_SIZE + 0.004 * smooth_noise(random, 3)
+    ground = (ground * (1 - 0.6 * shadow))[..., None] * (0.95, 1.0, 1.1)
+    image = ground + outline[..., None] * (shaded - ground)
+    image = ndimage.gaussian_filter(image, (0.65, 0.65, 0)) * random.normal(1, 0.025)
+    image *= 1 + random.normal(0, 0.008, 3)  # white balance
+    image += random.normal(0, 1, image.shape) * (0.006 + 0.01 * np.sqrt(np.clip(image, 0, 1)))
+    return (np.clip(image, 0, 1) ** 0.9 * 255).round().astype(np.uint8)
+
+
+# ------------------------------------------------------------------ 3. ResNet features
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class LastLayerReached(Exception):
+    """Raised by the last hook: what follows in the network is never computed."""
+
+
+def load_resnet(options) -> torch.nn.Module:
+    """The backbone with --weights, frozen, in evaluation mode, on --device.
+
+    Sets options.fingerprint, a hash of the weights by which runs and saved models know them.
+    Raises UserError when the weights cannot be had, do not fit, or are not a saved model's.
+    """
+    build = getattr(torchvision.models, options.backbone)
+    if options.weights == "imagenet":
+        socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the run
+        try:
+            resnet = build(weights="IMAGENET1K_V1", progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:  # no network; or a damaged download
+            ways = "give a downloaded file with --weights FILE.pth, or try --weights random"
+            if not getattr(options, "demo", False) or options.load:
+                raise UserError(f"--weights imagenet: download failed ({error}): {ways}") from None
+            warn(f"the ImageNet weights cannot be downloaded ({error}): this demonstration goes on "
+                 f"with RANDOM WEIGHTS, whose figures say little about the method; {ways}")  # fmt: skip
+            options.weights = "random"
+    if options.weights == "random":
+        torch.manual_seed(options.seed)
+        resnet = build(weights=None)
+    elif options.weights != "imagenet":
+        resnet = build(weights=None)
+        load_state_dict(resnet, options.weights)
+    digest = hashlib.sha256()
+    for tensor in resnet.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    expected, options.fingerprint = getattr(options, "fingerprint", None), digest.hexdigest()[:16]
+    if expected not in (None, options.fingerprint):
+        raise UserError(
+            f"--weights {options.weights}: not the weights that {options.load} was fitted with "
+            f"({options.fingerprint}, expected {expected}): pass the same ones"
+        )
+    resnet.requires_grad_(False).eval()
+    return resnet.to(options.device, memory_format=torch.channels_last)
+
+
+def load_state_dict(network: torch.nn.Module, path: str) -> None:
+    """Loads a whole state dict from a .pth file. Raises UserError naming the first mismatch."""
+    if not Path(path).is_file():
+        raise UserError(f"--weights {path}: no such file: expected imagenet, random or a .pth file")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = {name: tensor for name, tensor in found.items() if torch.is_tensor(tensor)}
+    except Exception as error:  # unpickling raises nearly everything on a foreign file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--weights {path}: not a state dict saved by torch.save ({reason})") from None
+    expected = network.state_dict()
+    for name in [*expected, *found]:
+        shapes = [tuple(d[name].shape) if name in d else "absent" for d in (expected, found)]
+        if shapes[0] != shapes[1] and not name.endswith("num_batches_tracked"):
+            raise UserError(
+                f"--weights {path}: {name} is {shapes[1]}, expected {shapes[0]}: "
+                f"pass the state dict of the whole --backbone"
+            )
+    network.load_state_dict(found, strict=False)
+
+
+@torch.inference_mode()
+def extract(resnet, layers, pixels, options, description="features"):
+    """Runs the ResNet once over the images and yields, batch by batch, what `layers` put out.
+
+    pixels: (N, 3, H, W) uint8. layers: names like "layer2".
+    Yields a list with a (B, C, h, w) float32 tensor per layer, on --device, in the order asked for.
+    """
+    kept, last = {}, max(layers)
+
+    def keep(name):
+        def hook(module, inputs, output):
+            kept[name] = output
+            if name == last:
+                raise LastLayerReached
+
+        return hook
+
+    hooks = [getattr(resnet, name).register_forward_hook(keep(name)) for name in layers]
+    try:
+        for batch in progress(pixels.split(options.batch_size), description):
+            with stage("features"), contextlib.suppress(LastLayerReached):
+                resnet(normalize(batch, options.device))
+            yield [kept[name] for name in layers]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def normalize(pixels: torch.Tensor, device) -> torch.Tensor:
+    """(B, 3, H, W) uint8 to float32, channels last, ImageNet mean 0 and standard deviation 1."""
+    images = pixels.to(device, memory_format=torch.channels_last).float().div_(255)
+    return transforms.normalize(images, IMAGENET_MEAN, IMAGENET_STD, inplace=True)
+
+
+def to_maps(grids: torch.Tensor, size: int, sigma=4.0) -> torch.Tensor:
+    """Patch scores (N, h, w) to anomaly maps (N, size, size): bilinear, then a Gaussian blur."""
+    maps = torch.nn.functional.interpolate(
+        grids[:, None].cpu(), size=(size, size), mode="bilinear", align_corners=False
+    )
+    for one in maps[:, 0].numpy():  # a view: written in place
+        ndimage.gaussian_filter(one, sigma, output=one)
+    return maps[:, 0]
+
+
+# ------------------------------------------------------------------ 4. nearest neighbors
+
+QUERY_BLOCK, BANK_BLOCK, GROUP, SPARE = 1024, 4096, 16, 8
+
+
+def nearest_neighbors(queries, bank, k=1, backend="auto"):
+    """Exact Euclidean k-nearest neighbors, in memory that does not grow with the bank.
+
+    queries: (Q, D) float32, Q may be 0. bank: (N, D) float32. Any strides, any devices.
+    Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, on the queries' device;
+    among equal distances the lower index comes first.
+    Raises ValueError for k outside 1..N, other shapes or dtypes, NaN or infinity (says where).
+
+    Three steps. The search ranks bank rows by |b|^2 - 2 q.b, which is |q - b|^2 less a constant of
+    the query: one matrix product. That difference of large numbers loses digits, so the k best and
+    a few spare ones are then measured directly as |q - b|. Last, a query whose k-th neighbor lies
+    closer to the first row left out than rounding can tell is searched once more in float64.
+    """
+    check_matrix("queries", queries)
+    check_matrix("bank", bank)
+    if queries.shape[1] != bank.shape[1]:
+        raise ValueError(f"queries have {queries.shape[1]} columns, the bank {bank.shape[1]}")
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k is {k}: expected 1 to {len(bank)}, the rows of the bank")
+
+    keys, indices, error = search(queries, bank, min(k + SPARE, len(bank)), torch.float32)
+    distances, indices = measure(queries, bank, indices)
+    if indices.shape[1] < len(bank):  # are the k best surely among the candidates?
+        doubtful = distances[:, k - 1].square() > keys.amax(1) - error
+        if doubtful.any():
+            again = queries[doubtful]
+            _, shortlist, _ = search(again, bank, indices.shape[1], torch.float64)
+            distances[doubtful], indices[doubtful] = measure(again, bank, shortlist)
+    return distances[:, :k].contiguous(), indices[:, :k].contiguous()
+
+
+def check_matrix(name: str, matrix: torch.Tensor) -> None:
+    if matrix.ndim != 2 or matrix.dtype != torch.float32:
+        raise ValueError(f"{name}: expected 2-D float32, got {matrix.ndim}-D {matrix.dtype}")
+    if not torch.isfinite(matrix.sum()):  # one NaN or infinity is enough to spoil the sum
+        bad = torch.nonzero(~torch.isfinite(matrix))
+        if len(bad) == 0:
+            raise ValueError(f"{name}: values are too large for float32 arithmetic")
+        row, column = bad[0].tolist()
+        value = matrix[row, column].item()
+        raise ValueError(f"{name}: {value} at row {row}, column {column}: expected finite values")
+
+
+def search(queries, bank, k, dtype):
+    """The k rows of the bank with the smallest |q - b|^2, as far as `dtype` can tell, unordered.
+
+    Returns squared distances (Q, k), indices (Q, k), and the error bound (Q,) of the former.
+    """
+    device = "cpu" if queries.device.type == "mps" and dtype == torch.float64 else queries.device
+    # Distances do not change when both sides move; around 0 the squares are small, and so is
+    # what is lost in their difference.
+    center = bank.mean(0).to(device, dtype)
+    best = torch.full((len(queries), k), torch.inf, dtype=dtype, device=device)
+    indices = torch.zeros((len(queries), k), dtype=torch.int64, device=device)
+    own = torch.zeros(len(queries), dtype=dtype, device=device)  # |q|^2, the constant left out
+    largest = torch.zeros((), dtype=dtype, device=device)
+    buffer = torch.empty(QUERY_BLOCK * BANK_BLOCK, dtype=dtype, device=device)  # allocated once
+    for start in range(0, len(bank), BANK_BLOCK):
+        rows = bank[start : start + BANK_BLOCK].to(device, dtype) - center  # (B, D)
+        squares = torch.linalg.vector_norm(rows, dim=1).square_()
+        largest = torch.maximum(largest, squares.max())
+        columns = math.ceil(len(rows) / GROUP) * GROUP  # whole groups; the padding never wins
+        for part in range(0, len(queries), QUERY_BLOCK):
+            block = slice(part, part + QUERY_BLOCK)
+            centered = queries[block].to(device, dtype) - center  # (P, D)
+            own[block] = torch.linalg.vector_norm(centered, dim=1).square_()
+            keys = buffer[: len(centered) * columns].view(len(centered), columns)
+            keys[:, len(rows) :] = torch.inf
+            torch.mm(centered, rows.T, out=keys[:, : len(rows)])
+            torch.sub(squares, keys[:, : len(rows)], alpha=2, out=keys[:, : len(rows)])
+            smallest, places = k_smallest(keys, min(k, len(rows)))
+            merged = torch.cat([best[block], smallest], dim=1)
+            best[block], chosen = merged.topk(k, dim=1, largest=False, sorted=False)
+            indices[block] = torch.cat([indices[block], places + start], 1).gather(1, chosen)
+    # Rounding errors of a sum of D products add up like a random walk (Higham and Mary, 2019).
+    error = torch.finfo(dtype).eps * 2 * math.sqrt(bank.shape[1]) * (own + largest)
+    home = queries.device
+    return (best + own[:, None]).to(home, torch.float32), indices.to(home), error.to(home)
+
+
+def k_smallest(keys, k):
+    """As keys.topk(k, largest=False), faster: the k smallest of a row, in any order.
+
+    They lie in the k groups with the smallest minima (were one elsewhere, each of those k minima
+    would be smaller), and minima are cheap: only k groups are then looked at closely.
+    """
+    groups = keys.view(len(keys), GROUP, -1)  # group g: every (columns / GROUP)-th, from g on
+    if k >= groups.shape[2] // 2:
+        return keys.topk(k, dim=1, largest=False, sorted=False)
+    _, group = groups.amin(1).topk(k, dim=1, largest=False, sorted=False)  # (P, k)
+    candidates = groups.gather(2, group[:, None].expand(-1, GROUP, -1)).flatten(1)
+    values, place = candidates.topk(k, dim=1, largest=False, sorted=False)
+    return values, (place // k) * groups.shape[2] + group.gather(1, place % k)
+
+
+def measure(queries, bank, indices):
+    """Distances |q - b| to the rows in `indices` (Q, k), both then sorted by distance and index."""
+    indices = indices.sort(dim=1).values
+    pairs = indices.flatten()
+    distances = torch.empty(len(pairs), device=queries.device)
+    for part in torch.arange(len(pairs), device=queries.device).split(8192):
+        rows = bank[pairs[part].to(bank.device)].to(queries.device)
+        difference = queries[part // indices.shape[1]] - rows
+        distances[part] = torch.linalg.vector_norm(difference, dim=1)
+    distances, order = distances.view_as(indices).sort(dim=1, stable=True)
+    return distances, indices.gather(1, order)
+
+
+# ------------------------------------------------------------------ 5. greedy coreset
+
+FRONTIER, STEPS = 1024, 256
+
+
+def greedy_coreset(features, size, seed=0, backend="auto"):
+    """k-center greedy (Sener and Savarese 2018; PatchCore, algorithm 1): spread-out rows.
+
+    features: (N, D) float32. size: 1..N. Returns indices (size,) int64, in the order picked: the
+    first is drawn from `seed`, each next one is the row farthest from all picked so far (among
+    equals the lowest index).
+    Raises ValueError for a size outside 1..N, other shapes or dtypes, NaN or infinity.
+
+    The obvious loop reads all N rows at each pick. This one makes the same picks and rarely looks
+    at most rows, because a row's distance to the picked ones can only shrink:
+
+        d(row, picked now) <= d(row, picked earlier)
+
+    So put aside the FRONTIER of the farthest rows, and pick inside it alone; as long as the best
+    of it is at least as far as the farthest row outside was at the start, no row outside can win.
+    When that ends, all rows meet the new picks in one matrix product, and a new frontier is drawn.
+    """
+    check_matrix("features", features)
+    if not 1 <= size <= len(features):
+        raise ValueError(f"size is {size}: expected 1 to {len(features)}, the number of features")
+    # float64, as |a|^2 - 2 a.b + |b|^2 is a small difference of large numbers (MPS has none).
+    device = "cpu" if features.device.type == "mps" else features.device
+    rows = features.to(device, torch.float64)
+    rows = rows - rows.mean(0)  # (N, D)
+    squares = rows.square().sum(1)
+    distance = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=device)  # squared
+    first = torch.randint(len(rows), (1,), generator=torch.Generator().manual_seed(seed))
+    new, picked = first.to(device), []
+    bar = progress(description="coreset", total=size)
+    while True:
+        for part in torch.arange(len(rows), device=device).split(8192):
+            to_new = squared_distances(rows, squares, part, new).amin(1)
+            distance[part] = torch.minimum(distance[part], to_new)
+        distance[new] = -1.0  # never again, even when only duplicates of picked rows are left
+        picked.append(new)
+        bar.update(len(new))
+        missing = size - sum(map(len, picked))
+        if missing == 0:
+            bar.close()
+            return torch.cat(picked).to(features.device)
+
+        farthest = distance.sort(descending=True, stable=True).indices
+        frontier, outside = farthest[:FRONTIER], farthest[FRONTIER : FRONTIER + 1]
+        inside = distance[frontier]
+        between = squared_distances(rows, squares, frontier, frontier).fill_diagonal_(-1.0)
+        steps = min(STEPS, missing, len(frontier))
+        candidates = torch.empty(steps, dtype=torch.int64, device=device)
+        radii = torch.empty(steps, dtype=torch.float64, device=device)
+        for step in range(steps):  # the obvious loop, on a few rows; no wait for the device
+            radii[step], candidates[step] = inside.max(0)
+            inside = torch.minimum(inside, between[candidates[step]])
+        if len(outside):
+            candidates = candidates[: int((radii >= distance[outside]).sum())]
+        new = frontier[candidates]
+
+
+def squared_distances(rows, squares, a, b):
+    """|rows[a] - rows[b]|^2 as (len(a), len(b)), float64; what rounding leaves of 0 is 0."""
+    result = torch.addmm(squares[b], rows[a], rows[b].T, alpha=-2).add_(squares[a, None])
+    return result.masked_fill_(result < 1e-13 * squares[a, None], 0.0)
+
+
