@@ -664,114 +664,104 @@ def to_maps(grids: torch.Tensor, size: int, sigma=4.0) -> torch.Tensor:
 
 # ------------------------------------------------------------------ 4. nearest neighbors
 
-QUERY_BLOCK, BANK_BLOCK, GROUP, SPARE = 1024, 4096, 16, 8
+SLAB, SLABS, QUERY_BLOCK, SPARE = 512, 8, 1024, 4
 
 
 def nearest_neighbors(queries, bank, k=1, backend="auto"):
     """Exact Euclidean k-nearest neighbors, in memory that does not grow with the bank.
 
     queries: (Q, D) float32, Q may be 0. bank: (N, D) float32. Any strides, any devices.
-    Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, on the queries' device;
-    among equal distances the lower index comes first.
+    Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, on the queries' device.
     Raises ValueError for k outside 1..N, other shapes or dtypes, NaN or infinity (says where).
 
-    Three steps. The search ranks bank rows by |b|^2 - 2 q.b, which is |q - b|^2 less a constant of
+    Three steps. `search` ranks bank rows by |b|^2 - 2 q.b, which is |q - b|^2 less a constant of
     the query: one matrix product. That difference of large numbers loses digits, so the k best and
-    a few spare ones are then measured directly as |q - b|. Last, a query whose k-th neighbor lies
+    a few spare ones are then measured directly as |q - b|. Last, a query whose k-th neighbor is
     closer to the first row left out than rounding can tell is searched once more in float64.
     """
-    check_matrix("queries", queries)
-    check_matrix("bank", bank)
+    own, squares = squared_norms("queries", queries), squared_norms("bank", bank)
     if queries.shape[1] != bank.shape[1]:
         raise ValueError(f"queries have {queries.shape[1]} columns, the bank {bank.shape[1]}")
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}: expected 1 to {len(bank)}, the rows of the bank")
 
-    keys, indices, error = search(queries, bank, min(k + SPARE, len(bank)), torch.float32)
-    distances, indices = measure(queries, bank, indices)
-    if indices.shape[1] < len(bank):  # are the k best surely among the candidates?
-        doubtful = distances[:, k - 1].square() > keys.amax(1) - error
+    keys, candidates = search(queries, bank, squares.to(queries.device), min(k + SPARE, len(bank)))
+    distances, indices = measure(queries, bank, candidates)
+    if indices.shape[1] < len(bank):  # rows were left out: is one of them nearer?
+        # Rounding errors of a sum of D products add up like a random walk (Higham and Mary 2019).
+        error = torch.finfo(torch.float32).eps * 2 * bank.shape[1] ** 0.5 * (own + squares.max())
+        doubtful = distances[:, k - 1].square() > keys.amax(1) + own - error
         if doubtful.any():
-            again = queries[doubtful]
-            _, shortlist, _ = search(again, bank, indices.shape[1], torch.float64)
-            distances[doubtful], indices[doubtful] = measure(again, bank, shortlist)
+            device = "cpu" if queries.device.type == "mps" else queries.device  # has no float64
+            again = queries[doubtful].to(device, torch.float64)
+            squares = torch.cat([part.double().square().sum(1) for part in bank.split(4096)])
+            _, candidates = search(again, bank, squares.to(device), candidates.shape[1])
+            distances[doubtful], indices[doubtful] = measure(
+                queries[doubtful], bank, candidates.to(queries.device)
+            )
     return distances[:, :k].contiguous(), indices[:, :k].contiguous()
 
 
-def check_matrix(name: str, matrix: torch.Tensor) -> None:
+def squared_norms(name: str, matrix: torch.Tensor) -> torch.Tensor:
+    """|row|^2 as (rows,) float32. Raises ValueError for what the search cannot work on."""
     if matrix.ndim != 2 or matrix.dtype != torch.float32:
         raise ValueError(f"{name}: expected 2-D float32, got {matrix.ndim}-D {matrix.dtype}")
-    if not torch.isfinite(matrix.sum()):  # one NaN or infinity is enough to spoil the sum
+    squares = torch.linalg.vector_norm(matrix, dim=1).square_()
+    if not torch.isfinite(squares.sum()):  # one NaN or infinity is enough to spoil the sum
         bad = torch.nonzero(~torch.isfinite(matrix))
         if len(bad) == 0:
             raise ValueError(f"{name}: values are too large for float32 arithmetic")
         row, column = bad[0].tolist()
         value = matrix[row, column].item()
         raise ValueError(f"{name}: {value} at row {row}, column {column}: expected finite values")
+    return squares
 
 
-def search(queries, bank, k, dtype):
-    """The k rows of the bank with the smallest |q - b|^2, as far as `dtype` can tell, unordered.
+def search(queries, bank, squares, k):
+    """The k rows of the bank with the smallest keys |b|^2 - 2 q.b, in the queries' dtype.
 
-    Returns squared distances (Q, k), indices (Q, k), and the error bound (Q,) of the former.
+    Returns keys (Q, k) and indices (Q, k), in no order.
     """
-    device = "cpu" if queries.device.type == "mps" and dtype == torch.float64 else queries.device
-    # Distances do not change when both sides move; around 0 the squares are small, and so is
-    # what is lost in their difference.
-    center = bank.mean(0).to(device, dtype)
-    best = torch.full((len(queries), k), torch.inf, dtype=dtype, device=device)
-    indices = torch.zeros((len(queries), k), dtype=torch.int64, device=device)
-    own = torch.zeros(len(queries), dtype=dtype, device=device)  # |q|^2, the constant left out
-    largest = torch.zeros((), dtype=dtype, device=device)
-    buffer = torch.empty(QUERY_BLOCK * BANK_BLOCK, dtype=dtype, device=device)  # allocated once
-    for start in range(0, len(bank), BANK_BLOCK):
-        rows = bank[start : start + BANK_BLOCK].to(device, dtype) - center  # (B, D)
-        squares = torch.linalg.vector_norm(rows, dim=1).square_()
-        largest = torch.maximum(largest, squares.max())
-        columns = math.ceil(len(rows) / GROUP) * GROUP  # whole groups; the padding never wins
+    best = queries.new_full((len(queries), k), torch.inf)
+    indices = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
+    # One buffer for all products: touching fresh memory costs as much as the arithmetic.
+    buffer = queries.new_empty(SLABS * min(QUERY_BLOCK, len(queries)) * SLAB)
+    for start in range(0, len(bank), SLABS * SLAB):
+        rows = bank[start : start + SLABS * SLAB].to(queries).split(SLAB)
+        norms = squares[start : start + SLABS * SLAB].split(SLAB)
+        offsets = start + SLAB * torch.arange(len(rows), device=queries.device)[:, None]
         for part in range(0, len(queries), QUERY_BLOCK):
             block = slice(part, part + QUERY_BLOCK)
-            centered = queries[block].to(device, dtype) - center  # (P, D)
-            own[block] = torch.linalg.vector_norm(centered, dim=1).square_()
-            keys = buffer[: len(centered) * columns].view(len(centered), columns)
-            keys[:, len(rows) :] = torch.inf
-            torch.mm(centered, rows.T, out=keys[:, : len(rows)])
-            torch.sub(squares, keys[:, : len(rows)], alpha=2, out=keys[:, : len(rows)])
-            smallest, places = k_smallest(keys, min(k, len(rows)))
-            merged = torch.cat([best[block], smallest], dim=1)
-            best[block], chosen = merged.topk(k, dim=1, largest=False, sorted=False)
-            indices[block] = torch.cat([indices[block], places + start], 1).gather(1, chosen)
-    # Rounding errors of a sum of D products add up like a random walk (Higham and Mary, 2019).
-    error = torch.finfo(dtype).eps * 2 * math.sqrt(bank.shape[1]) * (own + largest)
-    home = queries.device
-    return (best + own[:, None]).to(home, torch.float32), indices.to(home), error.to(home)
-
-
-def k_smallest(keys, k):
-    """As keys.topk(k, largest=False), faster: the k smallest of a row, in any order.
-
-    They lie in the k groups with the smallest minima (were one elsewhere, each of those k minima
-    would be smaller), and minima are cheap: only k groups are then looked at closely.
-    """
-    groups = keys.view(len(keys), GROUP, -1)  # group g: every (columns / GROUP)-th, from g on
-    if k >= groups.shape[2] // 2:
-        return keys.topk(k, dim=1, largest=False, sorted=False)
-    _, group = groups.amin(1).topk(k, dim=1, largest=False, sorted=False)  # (P, k)
-    candidates = groups.gather(2, group[:, None].expand(-1, GROUP, -1)).flatten(1)
-    values, place = candidates.topk(k, dim=1, largest=False, sorted=False)
-    return values, (place // k) * groups.shape[2] + group.gather(1, place % k)
+            count = len(queries[block])
+            keys = buffer[: len(rows) * count * SLAB].view(len(rows), count, SLAB)  # (S, P, 512)
+            if len(rows[-1]) < SLAB:
+                keys[-1] = torch.inf  # what the last slab does not fill never wins
+            for slab, norm, out in zip(rows, norms, keys, strict=True):
+                out = out[:, : len(slab)]
+                torch.mm(queries[block], slab.T, out=out)
+                torch.sub(norm, out, alpha=2, out=out)
+            # The k smallest keys of a query lie in the k columns (one key per slab) with the
+            # smallest minima: were one elsewhere, each of those k minima would be smaller still.
+            minima = keys.amin(0)  # (P, 512)
+            _, columns = minima.topk(min(k, SLAB), dim=1, largest=False, sorted=False)
+            found = keys.gather(2, columns.expand(len(rows), -1, -1)).transpose(0, 1).flatten(1)
+            places = (columns[:, None] + offsets).flatten(1)  # (P, S * k) rows of the bank
+            best[block], chosen = torch.cat([best[block], found], 1).topk(k, largest=False)
+            indices[block] = torch.cat([indices[block], places], 1).gather(1, chosen)
+    return best, indices
 
 
 def measure(queries, bank, indices):
     """Distances |q - b| to the rows in `indices` (Q, k), both then sorted by distance and index."""
     indices = indices.sort(dim=1).values
-    pairs = indices.flatten()
-    distances = torch.empty(len(pairs), device=queries.device)
-    for part in torch.arange(len(pairs), device=queries.device).split(8192):
-        rows = bank[pairs[part].to(bank.device)].to(queries.device)
-        difference = queries[part // indices.shape[1]] - rows
-        distances[part] = torch.linalg.vector_norm(difference, dim=1)
-    distances, order = distances.view_as(indices).sort(dim=1, stable=True)
+    distances = queries.new_empty(indices.shape)
+    step = max(1, 512 // indices.shape[1])  # some 512 rows at a time stay in the processor's cache
+    for query, *pair in zip(*(t.split(step) for t in (queries, distances, indices)), strict=True):
+        for out, near in zip(*(t.split(512, dim=1) for t in pair), strict=True):
+            rows = bank.index_select(0, near.flatten().to(bank.device)).to(queries.device)
+            difference = rows.view(*near.shape, bank.shape[1]).sub_(query[:, None])  # (P, k, D)
+            out.copy_(torch.linalg.vector_norm(difference, dim=2))
+    distances, order = distances.sort(dim=1, stable=True)
     return distances, indices.gather(1, order)
 
 
@@ -797,7 +787,7 @@ def greedy_coreset(features, size, seed=0, backend="auto"):
     of it is at least as far as the farthest row outside was at the start, no row outside can win.
     When that ends, all rows meet the new picks in one matrix product, and a new frontier is drawn.
     """
-    check_matrix("features", features)
+    squared_norms("features", features)
     if not 1 <= size <= len(features):
         raise ValueError(f"size is {size}: expected 1 to {len(features)}, the number of features")
     # float64, as |a|^2 - 2 a.b + |b|^2 is a small difference of large numbers (MPS has none).
