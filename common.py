@@ -147,7 +147,8 @@ def parse_options(method: str, description: str, add_options=lambda add: None):
     add_options(add)
 
     defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
-    parser.set_defaults(**dict.fromkeys(defaults, argparse.SUPPRESS))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # so that `given` holds what was typed, and no more
     given = vars(parser.parse_args())
     model = load_model(given["load"], method) if "load" in given else None
     settings = model["settings"] if model else {}
@@ -832,3 +833,435 @@ def squared_distances(rows, squares, a, b):
     return result.masked_fill_(result < 1e-13 * squares[a, None], 0.0)
 
 
+# ------------------------------------------------------------------ 6. metrics and threshold
+
+
+def image_auroc(scores, labels) -> float | None:
+    """Area under the ROC curve over images: scores (N,), labels (N,) bool, True for a defect.
+
+    The chance that a defective image scores above a normal one. None when either kind is missing.
+    """
+    labels = np.asarray(labels, dtype=bool)
+    return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else None
+
+
+def pixel_auroc(maps, masks) -> float | None:
+    """Area under the ROC curve over all pixels: maps (N, H, W) float, masks (N, H, W) bool."""
+    return image_auroc(np.asarray(maps).ravel(), np.asarray(masks).ravel())
+
+
+def au_pro(maps, masks, max_fpr=0.3) -> float | None:
+    """Area under the per-region overlap curve up to a false-positive rate, divided by that rate.
+
+    maps: (N, H, W) float. masks: (N, H, W) bool. Returns a value from 0 to 1, or None when there
+    is no defective or no normal pixel. Per-region overlap is the share of a connected defect
+    region that lies above the threshold, averaged over regions, so that a small defect counts as
+    much as a large one (Bergmann et al. 2021, section 6.1). Exact: every map value is a threshold.
+    """
+    maps, masks = np.asarray(maps), np.asarray(masks, dtype=bool)
+    if not 0 < masks.sum() < masks.size:
+        return None
+    regions, count = ndimage.label(masks, np.ones((1, 3, 3)) * [[[0]], [[1]], [[0]]])
+    area = np.bincount(regions.ravel())
+    order = np.argsort(-maps, axis=None, kind="stable")
+    region = regions.ravel()[order]
+    # Pixels in falling order: each adds its share of its region's overlap, or a false positive.
+    overlap = np.cumsum(np.where(region > 0, 1 / (area[region] * count), 0))
+    fpr = np.cumsum(region == 0) / area[0]
+    values = maps.ravel()[order]
+    last = np.append(values[1:] != values[:-1], True)  # pixels of equal value come together
+    fpr, overlap = np.append(0, fpr[last]), np.append(0, overlap[last])
+    inside = fpr <= max_fpr
+    end = np.interp(max_fpr, fpr, overlap)
+    fpr, overlap = np.append(fpr[inside], max_fpr), np.append(overlap[inside], end)
+    return float(np.trapezoid(overlap, fpr) / max_fpr)
+
+
+def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
+    """The threshold that a new normal image exceeds with at most the rate asked, in expectation.
+
+    normal_scores: (n,), of normal images that the model has not seen. The ceil((n + 1) (1 - rate))
+    smallest of them; one more than n, as the new image is exchangeable with them (split conformal
+    prediction, Lei et al. 2018, section 2.2). With too few of them the largest has to do.
+    """
+    rank = math.ceil(round((len(normal_scores) + 1) * (1 - false_alarm_rate), 6))
+    return float(np.sort(normal_scores)[min(rank, len(normal_scores)) - 1])
+
+
+def calibrate(options, model) -> None:
+    """Sets options.threshold and options.map_threshold from the model's normal images alone."""
+    count, rate = len(model["normal_scores"]), options.false_alarm_rate
+    if (count + 1) * rate < 1:
+        warn(
+            f"--false-alarm-rate {rate:g}: needs {math.ceil(1 / rate) - 1} normal images to set the "
+            f"threshold, there are {count}: it is the highest of their scores, expect about one "
+            f"false alarm in {count + 1}; add images"
+        )
+    options.threshold = conformal_quantile(model["normal_scores"], rate)
+    peaks = model["normal_peaks"]
+    options.map_threshold = None if peaks is None else conformal_quantile(peaks, rate)
+
+
+# ------------------------------------------------------------------ 7. report, save, load, predict
+
+FORMAT = "visual anomaly detection, format 1"
+
+
+def save_model(options, state, normal_scores, normal_maps, fit_seconds: float) -> dict:
+    """The fitted model as one dict; written to --save if asked. The ResNet itself is not in it.
+
+    state: tensors and numbers that `score` needs. normal_scores: (n,) of normal images that the
+    model has not seen, from which any threshold follows. normal_maps: their (n, H, W) maps or None.
+    """
+    passing = [*RUN_OPTIONS, "method", "demo", "data_fingerprint"]
+    model = {
+        "format": FORMAT,
+        "method": options.method,
+        "settings": {name: value for name, value in vars(options).items() if name not in passing},
+        "state": state,
+        "normal_scores": torch.as_tensor(normal_scores),
+        "normal_peaks": None if normal_maps is None else normal_maps.amax((1, 2)),
+        "normal_median": None if normal_maps is None else normal_maps.median(),
+        "fit_seconds": fit_seconds,
+    }
+    if options.save:
+        with atomic(options.save) as temporary:
+            torch.save(model, temporary)
+        size = options.save.stat().st_size / 2**20
+        print(f"saved {options.save} ({size:.1f} MiB)", file=sys.stderr)
+    return model
+
+
+def load_model(path: Path, method: str) -> dict:
+    """Reads what `save_model` wrote. Raises UserError for anything else."""
+    if not path.is_file():
+        raise UserError(f"--load {path}: no such file: expected one written by --save")
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--load {path}: damaged, or not written by --save ({reason})") from None
+    if not isinstance(model, dict) or "format" not in model:
+        raise UserError(f"--load {path}: not a saved model: expected a file written by --save")
+    for name, expected in [("format", FORMAT), ("method", method)]:
+        if model[name] != expected:
+            raise UserError(
+                f"--load {path}: {name} is {model[name]!r}, expected {expected!r}: fit again"
+            )
+    return model
+
+
+def report(options, model, test: Split, judge, reconstruct=None) -> None:
+    """Scores the test images; metrics, tables, scores.csv, metrics.json and figures of the run.
+
+    judge: pixels (N, 3, crop, crop) uint8 -> scores (N,) and maps (N, crop, crop) float32, or None
+    for a method without. reconstruct: pixels -> pixels, drawn beside the images if given.
+    """
+    start = time.perf_counter()
+    scores, maps = judge(test.pixels)
+    seconds = time.perf_counter() - start
+    scores = np.asarray(scores)
+    predicted = scores > options.threshold
+    with stage("metrics"):
+        metrics = evaluate(options, test, scores, maps, predicted)
+    metrics["fit_seconds"] = model["fit_seconds"]
+    metrics["ms_per_image"] = 1000 * seconds / len(scores)
+    names = np.array(["normal", "defect"])
+    with atomic(options.out / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "label", "score", "predicted"])
+        for path, label, score, alarm in zip(test.paths, test.labels, scores, predicted, strict=True):
+            writer.writerow([path, names[int(label)], f"{score:.9g}", names[int(alarm)]])
+    with atomic(options.out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
+    with stage("figures"):
+        draw_scores(options, test.labels, scores)
+        if maps is not None:
+            draw_examples(options, model, test, scores, maps, reconstruct)
+    show_tables(options, metrics)
+
+
+def evaluate(options, test: Split, scores, maps, predicted) -> dict:
+    """What metrics.json holds, but for the times. A metric that cannot be computed is None."""
+    labels, defects = test.labels, np.array(test.defects)
+
+    def figures(rows):
+        on_pixels = maps is not None and test.masks is not None
+        chosen = (maps[rows], test.masks[rows]) if on_pixels else ()
+        return {
+            "images": int((rows & labels).sum()) or int(rows.sum()),
+            "image_auroc": image_auroc(scores[rows], labels[rows]),
+            "pixel_auroc": pixel_auroc(*chosen) if on_pixels else None,
+            "au_pro": au_pro(*chosen) if on_pixels else None,
+        }
+
+    every = figures(np.ones(len(labels), dtype=bool))
+    kinds = sorted(set(test.defects) - {"good"})
+    per_defect = {
+        kind: figures((defects == kind) | ~labels)
+        | {"detected": int(predicted[defects == kind].sum())}
+        for kind in progress(kinds, "metrics")
+    }
+    oracle = None
+    if 0 < labels.sum() < len(labels):
+        precision, recall, thresholds = precision_recall_curve(labels, scores)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        oracle = {"f1": float(f1.max()), "threshold": float(thresholds[f1[:-1].argmax()])}
+    return {
+        "method": options.method,
+        "data": str(options.data),
+        "image_auroc": every["image_auroc"],
+        "pixel_auroc": every["pixel_auroc"],
+        "au_pro": every["au_pro"],
+        "per_defect": per_defect,
+        "threshold": {
+            "score": options.threshold,
+            "map": options.map_threshold,
+            "false_alarm_rate": options.false_alarm_rate,
+            "normal_images": int((~labels).sum()),
+            "false_alarms": int(predicted[~labels].sum()),
+            "defective_images": int(labels.sum()),
+            "detected": int(predicted[labels].sum()),
+            "f1": float(f1_score(labels, predicted)) if oracle else None,
+            "oracle": oracle,
+        },
+        "weights": weights_label(options),
+        "fingerprint": getattr(options, "fingerprint", None),
+        "data_fingerprint": options.data_fingerprint,
+        "settings": {name: value for name, value in vars(options).items()},
+    }
+
+
+def weights_label(options) -> str:
+    if getattr(options, "fingerprint", None) is None:
+        return "no pretrained weights"
+    return {"imagenet": "ImageNet weights", "random": "random weights"}.get(
+        options.weights, f"weights {Path(options.weights).name}"
+    )
+
+
+def show_tables(options, metrics: dict) -> None:
+    """Prints this run by defect type, then all methods run so far on the same data and weights."""
+    stream = sys.stderr if options.predict else sys.stdout  # with --predict, stdout is for the CSV
+
+    def show(title, header, rows):
+        cells = [header] + [["-" if c is None else c if isinstance(c, str) else f"{c:.3f}"
+                             if isinstance(c, float) else str(c) for c in row] for row in rows]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        print(f"\n{title}", file=stream)
+        for row in cells:
+            first, *rest = (c.rjust(w) for c, w in zip(row, widths, strict=True))
+            print("  ".join([first.strip().ljust(widths[0]), *rest]), file=stream)
+
+    three = ["image_auroc", "pixel_auroc", "au_pro"]
+    header = ["image AUROC", "pixel AUROC", "AU-PRO"]
+    at = metrics["threshold"]
+    rows = [
+        [kind, *(values[name] for name in three), f"{values['detected']} of {values['images']}"]
+        for kind, values in metrics["per_defect"].items()
+    ]
+    rows.append(["all", *(metrics[n] for n in three), f"{at['detected']} of {at['defective_images']}"])
+    rows.append(["good", None, None, None, f"{at['false_alarms']} of {at['normal_images']}"])
+    title = f"{options.method} on {options.data}, {metrics['weights']}"
+    show(title, ["defect type", *header, "reported"], rows)
+    oracle = at["oracle"] and f"; oracle (best F1 of any threshold, found with the labels): " \
+        f"{at['oracle']['f1']:.3f} at {at['oracle']['threshold']:.4g}"  # fmt: skip
+    print(
+        f"threshold {at['score']:.4g} from normal images alone, for a false-alarm rate of "
+        f"{at['false_alarm_rate']:g}"
+        + (f": F1 {at['f1']:.3f}{oracle}" if oracle else ""),
+        file=stream,
+    )
+    if metrics["image_auroc"] is None:
+        warn("the test images are all normal or all defective: image AUROC is null")
+    runs = comparable_runs(options, metrics)
+    show(
+        f"all methods so far on {options.data}",
+        ["method", *header, "fit s", "ms/image", "weights"],
+        [[r["method"], *(r[n] for n in three), f"{r['fit_seconds']:.1f}",
+          f"{r['ms_per_image']:.0f}", r["weights"]] for r in runs],
+    )  # fmt: skip
+    seconds = ", ".join(f"{name} {spent:.1f}" for name, spent in SECONDS.items())
+    print(f"\nseconds: {seconds}; files in {options.out}", file=stream)
+
+
+def comparable_runs(options, metrics: dict) -> list[dict]:
+    """metrics.json of each method's last run in --out on the same images, prepared the same way.
+
+    Runs with other ResNet weights are left out; the autoencoder has none and fits with all.
+    """
+    runs = []
+    for method in METHODS:
+        path = options.out.parent / method / "metrics.json"
+        try:
+            runs.append((path.stat().st_mtime, json.loads(path.read_text())))
+        except (OSError, ValueError):
+            continue  # not run yet, or not ours
+    same = ["data_fingerprint", "resize", "crop"]
+    keys = [{**run.get("settings", {}), **run} for _, run in runs]
+    mine = {**metrics["settings"], **metrics}
+    runs = [r for r, k in zip(runs, keys, strict=True) if all(k.get(n) == mine[n] for n in same)]
+    newest = sorted((time, run["fingerprint"]) for time, run in runs if run["fingerprint"])
+    wanted = metrics["fingerprint"] or (newest[-1][1] if newest else None)
+    return [run for _, run in runs if run["fingerprint"] in (None, wanted)]
+
+
+def save_figure(figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", facecolor="white")
+    pyplot.close(figure)
+
+
+def draw_scores(options, labels, scores) -> None:
+    """scores.png: how far normal and defective images lie apart, and the ROC curve that follows."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=[1.6, 1])
+    bins = np.histogram_bin_edges(np.append(scores, options.threshold), 30)
+    for kind, name, color in [(False, "normal", "tab:blue"), (True, "defective", "tab:red")]:
+        if (labels == kind).any():
+            left.hist(scores[labels == kind], bins, alpha=0.6, color=color, label=name)
+    left.axvline(options.threshold, color="black", linestyle="--", label="threshold")
+    left.set(xlabel="anomaly score", ylabel="test images")
+    left.legend()
+    if 0 < labels.sum() < len(labels):
+        fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
+        right.plot(fpr, tpr, color="black", label=f"AUROC {image_auroc(scores, labels):.3f}")
+        alarm = scores > options.threshold
+        right.plot(alarm[~labels].mean(), alarm[labels].mean(), "o", color="black", label="threshold")
+        right.legend(loc="lower right")
+    right.plot([0, 1], [0, 1], color="lightgray", zorder=0)
+    right.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
+    figure.suptitle(f"{options.method} on {options.data}, {weights_label(options)}", fontsize=11)
+    save_figure(figure, options.out / "scores.png")
+
+
+def overlay(pixels, anomaly_map, low, high, threshold) -> np.ndarray:
+    """(H, W, 3) uint8: the image (3, H, W) uint8 under its map, the detected region outlined."""
+    share = np.clip((np.asarray(anomaly_map) - low) / (high - low), 0, 1)
+    gray = np.asarray(pixels).mean(0)[..., None]
+    heat = 255 * pyplot.get_cmap(COLORS)(share)[..., :3]
+    mixed = gray + (0.25 + 0.5 * share[..., None]) * (heat - gray)
+    mixed[outline(np.asarray(anomaly_map) > threshold)] = 255
+    return mixed.astype(np.uint8)
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the pixels of `mask` that touch its border, two pixels wide."""
+    return mask & ~ndimage.binary_erosion(mask, iterations=2)
+
+
+COLORS = "inferno"
+
+
+def color_range(options, model) -> tuple[float, float]:
+    """One scale for all maps: from a normal image's median to twice as far as the threshold."""
+    low = float(model["normal_median"])
+    return low, max(low + 2 * (options.map_threshold - low), low + 1e-12)
+
+
+def draw_examples(options, model, test: Split, scores, maps, reconstruct=None) -> None:
+    """examples.png: a row per defect type, its highest- and its lowest-scoring image side by side."""
+    low, high = color_range(options, model)
+    kinds = sorted(set(test.defects), key=lambda kind: (kind == "good", kind))
+    titles = ["image", "ground truth", "anomaly map"]
+    if reconstruct:
+        titles.insert(1, "reconstruction")
+    wide = len(titles)
+    figure, axes = pyplot.subplots(
+        len(kinds), 2 * wide + 1, squeeze=False, figsize=(2.9 * wide + 0.6, 1.42 * len(kinds) + 0.7),
+        width_ratios=[1] * wide + [0.12] + [1] * wide, layout="constrained",
+    )  # fmt: skip
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for row, kind in zip(axes, kinds, strict=True):
+        of_kind = np.flatnonzero(np.array(test.defects) == kind)
+        chosen = of_kind[[scores[of_kind].argmax(), scores[of_kind].argmin()]]
+        row[0].set_ylabel(kind.replace("_", "\n"), rotation=0, ha="right", va="center")
+        for side, i in enumerate(chosen[: len(of_kind)]):
+            image = test.pixels[i].permute(1, 2, 0).numpy()
+            truth = image.copy()
+            if test.masks is not None:
+                truth[outline(test.masks[i].numpy())] = (0, 255, 0)
+            panels = [image, truth, overlay(test.pixels[i], maps[i], low, high, options.map_threshold)]
+            if reconstruct:
+                panels.insert(1, reconstruct(test.pixels[i : i + 1])[0].permute(1, 2, 0).numpy())
+            for axis, panel in zip(row[side * (wide + 1) :], panels, strict=False):
+                axis.imshow(panel)
+            verdict = "defect" if scores[i] > options.threshold else "normal"
+            axis = row[side * (wide + 1) + wide - 1]
+            axis.text(
+                0.03, 0.97, f"{scores[i]:.3g} {verdict}", color="white", fontsize=8,
+                transform=axis.transAxes, va="top",
+            )  # fmt: skip
+    for side, name in enumerate(["highest score of its type", "lowest score of its type"]):
+        for title, axis in zip(titles, axes[0, side * (wide + 1) :], strict=False):
+            axis.set_title(title, fontsize=9)
+        axes[-1, side * (wide + 1) + wide // 2].set_xlabel(name)
+    scale = pyplot.cm.ScalarMappable(pyplot.Normalize(low, high), COLORS)
+    bar = figure.colorbar(scale, ax=axes, shrink=0.6, aspect=40, extend="both")
+    bar.ax.axhline(options.map_threshold, color="white", linewidth=2)
+    bar.set_label("anomaly map (white line and outline: threshold)")
+    figure.suptitle(f"{options.method} on {options.data}, {weights_label(options)}", fontsize=11)
+    save_figure(figure, options.out / "examples.png")
+
+
+def predict(options, model, judge) -> None:
+    """Judges the images of --predict: CSV on stdout, an overlay per image in --out.
+
+    judge: pixels (B, 3, crop, crop) uint8 -> scores (B,), maps (B, crop, crop) or None. Holds
+    --batch-size images at a time. Exits with 1 when a file could not be read.
+    """
+    files = []
+    for path in options.predict:
+        files += image_files(path, recursive=True) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"--predict {options.predict[0]}: holds no image")
+    files = list(dict.fromkeys(files))
+    low, high = color_range(options, model) if options.map_threshold is not None else (0, 1)
+    broken = 0
+
+    def load(path):
+        try:
+            return prepare(read_image(path), options)
+        except UserError as error:
+            return error
+
+    bar = progress(description="predict", total=len(files))
+    with ThreadPool() as pool:
+        for start in range(0, len(files), options.batch_size):
+            chunk = files[start : start + options.batch_size]
+            loaded = list(zip(chunk, pool.map(load, chunk), strict=True))
+            for _, error in loaded:
+                if isinstance(error, UserError):
+                    broken += 1
+                    tqdm.write(f"error: {error}", file=sys.stderr)
+            paths = [path for path, pixels in loaded if torch.is_tensor(pixels)]
+            if paths:
+                pixels = torch.stack([p for _, p in loaded if torch.is_tensor(p)])
+                scores, maps = judge(pixels)
+                for i, path in enumerate(paths):
+                    verdict = "defect" if scores[i] > options.threshold else "normal"
+                    csv.writer(sys.stdout, lineterminator="\n").writerow(
+                        [path, f"{scores[i]:.9g}", verdict]
+                    )
+                    if maps is not None:
+                        image = overlay(pixels[i], maps[i], low, high, options.map_threshold)
+                        both = [pixels[i].permute(1, 2, 0).numpy(), image]
+                        target = prediction_path(options, path)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        with atomic(target) as temporary:
+                            Image.fromarray(np.hstack(both)).save(temporary, "PNG")
+            bar.update(len(chunk))
+    bar.close()
+    print(f"judged {len(files) - broken} images, {broken} broken; "
+          f"overlays in {options.out / 'predictions'}", file=sys.stderr)  # fmt: skip
+    if broken:
+        sys.exit(1)
+
+
+def prediction_path(options, path: Path) -> Path:
+    """Where the overlay of `path` goes: its place under the working folder, or its full path."""
+    absolute = Path(os.path.abspath(path))
+    base = Path.cwd() if absolute.is_relative_to(Path.cwd()) else absolute.anchor
+    return options.out / "predictions" / f"{absolute.relative_to(base)}.png"
