@@ -2,15 +2,15 @@
 
 1. options, seed, device      2. dataset and practice pill     3. ResNet features by forward hooks
 4. nearest neighbors          5. greedy coreset                6. metrics and threshold
-7. report, save, load, predict
+7. report: tables, files, figures, saved models, predictions
 
 Sections 4 and 5 are the heart of PatchCore: exact search and k-center greedy, without a library.
 """
 
 import argparse
-import collections
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -34,13 +34,14 @@ from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
 matplotlib.use("Agg")  # figures go to files: no window, no display needed
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 # ------------------------------------------------------------------ 1. options, seed, device
 
 METHODS = ["autoencoder", "dfr", "knn", "patchcore"]
 # Options about this run, not about the model: --load takes all others from the saved file.
-RUN_OPTIONS = "data out batch_size device backend false_alarm_rate save load predict".split()
+RUN_OPTIONS = {"data", "out", "batch_size", "device", "backend"}
+RUN_OPTIONS |= {"false_alarm_rate", "save", "load", "predict"}
 SECONDS: dict[str, float] = {}  # stage -> wall-clock seconds, filled by `stage`
 
 
@@ -49,12 +50,12 @@ class UserError(Exception):
 
 
 def run(main) -> None:
-    """Calls `main()`: errors a user can fix exit with 2, Ctrl-C with 130, neither as a traceback."""
+    """Calls `main()`. What a user can fix ends with exit code 2, Ctrl-C with 130: no traceback."""
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was left half-written", file=sys.stderr)
@@ -65,7 +66,7 @@ def run(main) -> None:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar, not through it
 
 
 def progress(iterable=None, description="", **settings):
@@ -79,7 +80,7 @@ def stage(name: str):
     start = time.perf_counter()
     yield
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # kernels run behind the host's back: wait before reading the clock
+        torch.cuda.synchronize()  # kernels run behind the host's back: wait for them
     SECONDS[name] = SECONDS.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -88,45 +89,36 @@ def atomic(path: Path):
     """Yields a temporary path that becomes `path` on success: a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): free space or change --out")
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save says "disk full"
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}): write elsewhere") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def number(kind, low, high=math.inf):
-    """An argparse type: a number of `kind` in [low, high]; with float bounds, low is left out."""
+    """An argparse type: a number of `kind` in [low, high]; for a float, low itself is left out."""
 
     def parse(text):
         value = kind(text)
         if not low <= value <= high or (kind is float and value == low):
-            raise argparse.ArgumentTypeError(
-                f"{text}: expected {'more than' if kind is float else 'at least'} {low}"
-                + (f" and at most {high}" if high < math.inf else "")
-            )
+            bounds = f"{'more than' if kind is float else 'at least'} {low}"
+            bounds += f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text}: expected {bounds}")
         return value
 
     parse.__name__ = {int: "whole number", float: "number"}[kind]
     return parse
 
 
-def parse_options(method: str, description: str, add_options=lambda add: None):
-    """Reads the command line, and with --load the saved model, whose settings then apply.
-
-    add_options: called with `add_argument`, for the options a script has of its own.
-    Returns (options, model): a Namespace, and the dict that `save_model` wrote, or None.
-    Raises UserError for an option that cannot work.
-    """
+def build_parser(description: str, add_options) -> argparse.ArgumentParser:
+    """The options of design all four scripts share, then those that `add_options(add)` adds."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def refuse(message):
-        raise UserError(f"{message} (see --help)")
-
-    parser.error = refuse
     add = parser.add_argument
     resnets = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
     add("--data", type=Path, metavar="DIR", help="MVTec layout; left out: a practice pill is drawn")
@@ -139,24 +131,39 @@ def parse_options(method: str, description: str, add_options=lambda add: None):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0)
     add("--backend", choices=["auto", "torch", "cupy"], default="auto", help="search and coreset")
-    add("--false-alarm-rate", type=number(float, 0, 0.5), default=0.05, metavar="RATE",
-        help="share of normal images that the threshold may report (0.05)")  # fmt: skip
+    rate = "share of normal images that the threshold may report (0.05)"
+    add("--false-alarm-rate", type=number(float, 0, 0.5), default=0.05, metavar="RATE", help=rate)
     add("--save", type=Path, metavar="FILE", help="write the fitted model")
     add("--load", type=Path, metavar="FILE", help="use a saved model instead of fitting")
     add("--predict", type=Path, nargs="+", metavar="PATH", help="images or folders to judge")
     add_options(add)
+    return parser
 
-    defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # so that `given` holds what was typed, and no more
-    given = vars(parser.parse_args())
+
+def parse_options(method: str, description: str, add_options=lambda add: None):
+    """Reads the command line, and with --load the saved model, whose settings then apply.
+
+    add_options: called with `add_argument`, for the options a script has of its own.
+    Returns (options, model): a Namespace, and the dict that `save_model` wrote, or None.
+    Raises UserError for an option that cannot work.
+    """
+    parser = build_parser(description, add_options)
+
+    def refuse(message):
+        raise UserError(f"{message} (see --help)")
+
+    parser.error = refuse
+    defaults = vars(parser.parse_args([]))
+    # Parsed again over placeholders, to tell what was typed from what is a default.
+    parsed = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, ...)))
+    given = {name: value for name, value in vars(parsed).items() if value is not ...}
     model = load_model(given["load"], method) if "load" in given else None
     settings = model["settings"] if model else {}
     for name in sorted(given.keys() & settings.keys() - {"weights"}):
         if given[name] != settings[name]:
             option = "--" + name.replace("_", "-")
             raise UserError(
-                f"{option}: {given['load']} was fitted with {settings[name]}, not {given[name]}: "
+                f"{option} {given[name]}: {given['load']} was fitted with {settings[name]}: "
                 f"leave {option} out or fit again"
             )
     options = argparse.Namespace(**{**defaults, **settings, **given}, method=method)
@@ -169,26 +176,29 @@ def check_options(options) -> None:
     """Refuses what cannot work before any time is spent; resolves --device auto."""
     if options.crop > options.resize:
         raise UserError(f"--crop {options.crop}: expected at most --resize {options.resize}")
-    available = {"cpu": True, "cuda": torch.cuda.is_available()}
-    available["mps"] = torch.backends.mps.is_available()
+    if options.save and options.load:
+        raise UserError(f"--save {options.save}: with --load nothing is fitted: leave one out")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available["cpu"] = True
     if options.device == "auto":
-        options.device = next(name for name in ("cuda", "mps", "cpu") if available[name])
+        options.device = next(name for name in available if available[name])
     if not available[options.device]:
         raise UserError(f"--device {options.device}: not available here: use --device cpu")
-    if options.backend == "cupy" and options.device != "cuda":
-        raise UserError(f"--backend cupy: needs --device cuda, not {options.device}: use torch")
+    if options.backend == "cupy" and (options.device != "cuda" or not cuda_kernels()):
+        raise UserError("--backend cupy: needs an NVIDIA GPU and CuPy: use --backend torch")
     options.out = options.out / options.method
-    for option, folder in [("--out", options.out), ("--save", options.save and options.save.parent)]:
-        if folder:
+    if options.save and options.save.is_dir():
+        raise UserError(f"--save {options.save}: is a folder: expected a file name")
+    for option, target in [("--out", options.out / "metrics.json"), ("--save", options.save)]:
+        if target:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f".{os.getpid()}.tmp"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                probe = target.with_name(f".{os.getpid()}.tmp")
                 probe.touch()
                 probe.unlink()
             except OSError as error:
-                raise UserError(f"{option} {folder}: cannot be written ({error.strerror})") from None
-    if options.save and options.save.is_dir():
-        raise UserError(f"--save {options.save}: is a folder: expected a file name")
+                reason = f"{target.parent} cannot be written to ({error.strerror})"
+                raise UserError(f"{option}: {reason}: choose another place") from None
     for path in options.predict or []:
         if not path.exists():
             raise UserError(f"--predict {path}: no such file or folder")
@@ -197,7 +207,7 @@ def check_options(options) -> None:
 # ------------------------------------------------------------------ 2. dataset and practice pill
 
 SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-DEFECTS = "crack color contamination scratch faulty_imprint pill_type combined".split()
+DEFECTS = ["crack", "color", "contamination", "scratch", "faulty_imprint", "pill_type", "combined"]
 
 
 class Split(NamedTuple):
@@ -240,13 +250,13 @@ def read_image(path: Path, is_mask=False) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # decoders raise nearly everything on damaged files
         reason = str(error).replace("\n", " ") or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an image ({reason}): replace or remove it")
+        raise UserError(f"{path}: cannot be read as an image ({reason}): replace it") from None
 
 
 def prepare(image: Image.Image, options, is_mask=False) -> torch.Tensor:
-    """Shorter side to --resize, center crop: (3, crop, crop) uint8 (a mask: nearest, not blended)."""
-    mode = transforms.InterpolationMode.NEAREST if is_mask else transforms.InterpolationMode.BILINEAR
-    image = transforms.resize(image, options.resize, mode)
+    """Shorter side to --resize, center crop: (3, crop, crop) uint8. A mask stays two-valued."""
+    mode = transforms.InterpolationMode
+    image = transforms.resize(image, options.resize, mode.NEAREST if is_mask else mode.BILINEAR)
     return transforms.pil_to_tensor(transforms.center_crop(image, options.crop))
 
 
@@ -274,8 +284,9 @@ def load_data(options) -> tuple[Split, Split]:
     test_folders.sort(key=lambda p: p.name != "good")
     test_paths = [path for folder in test_folders for path in image_files(folder)]
     train_paths = image_files(normal)
-    if not train_paths:
-        raise UserError(f"{normal}: holds no image: put the normal images there")
+    if len(train_paths) < 2 and not options.load:
+        found = "one image" if train_paths else "no image"
+        raise UserError(f"{normal}: holds {found}, expected at least 2: put normal images there")
     if not test_paths:
         warn(f"{root / 'test'}: holds no image: there is nothing to evaluate on")
     files = [(str(p.relative_to(root)), p.stat().st_size) for p in train_paths + test_paths]
@@ -313,7 +324,7 @@ def load_split(paths: list[Path], root: Path, options) -> Split:
         mask = read_image(mask_path, is_mask=True)
         if mask.size != image.size:
             sizes = [f"{i.width} x {i.height}" for i in (mask, image)]
-            raise UserError(f"{mask_path}: is {sizes[0]}, its image {path} is {sizes[1]}: make equal")
+            raise UserError(f"{mask_path}: is {sizes[0]}, but its image {path} is {sizes[1]}")
         return pixels, prepare(mask, options, is_mask=True)[0] > 0
 
     with ThreadPool() as pool:
@@ -365,9 +376,7 @@ def draw_practice_pill(folder: Path, seed=0, train=60, good=20, per_defect=6) ->
     counts = {"train/good": train, "test/good": good}
     counts |= {f"test/{defect}": per_defect for defect in DEFECTS}
     jobs = [
-        (seed, number, name, i)
-        for number, (name, n) in enumerate(counts.items())
-        for i in range(n)
+        (seed, number, name, i) for number, (name, n) in enumerate(counts.items()) for i in range(n)
     ]
 
     def draw(job):
@@ -383,11 +392,12 @@ def draw_practice_pill(folder: Path, seed=0, train=60, good=20, per_defect=6) ->
         for name in [*counts, *(f"ground_truth/{defect}" for defect in DEFECTS)]:
             (partial / name).mkdir(parents=True)
         with ThreadPool() as pool:
-            bar = progress(pool.imap(draw, jobs), "draw the practice pill", total=len(jobs))
-            collections.deque(bar, maxlen=0)
+            for _ in progress(pool.imap(draw, jobs), "draw the practice pill", total=len(jobs)):
+                pass
         partial.rename(folder)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be drawn ({error.strerror}): go to a writable folder")
+        reason = f"cannot be drawn ({error.strerror}): work in a folder that can be written to"
+        raise UserError(f"{folder}: {reason}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -538,7 +548,8 @@ def photograph(pill: Pill, outline: np.ndarray) -> np.ndarray:
     normal /= np.linalg.norm(normal, axis=0)
     light = np.array([-0.42, -0.55, 0.90]) + random.normal(0, 0.035, 3)
     light /= np.linalg.norm(light)
-    halfway = (light + (0, 0, 1)) / np.linalg.norm(light + (0, 0, 1))
+    halfway = light + np.array([0, 0, 1])  # between the light and the camera above
+    halfway /= np.linalg.norm(halfway)
     diffuse, gloss = (np.clip(np.einsum("i,ihw->hw", v, normal), 0, 1) for v in (light, halfway))
     shaded = pill.surface * (0.2 + 0.8 * diffuse)[..., None] + 0.07 * gloss[..., None] ** 40
 
@@ -576,8 +587,10 @@ def load_resnet(options) -> torch.nn.Module:
             ways = "give a downloaded file with --weights FILE.pth, or try --weights random"
             if not getattr(options, "demo", False) or options.load:
                 raise UserError(f"--weights imagenet: download failed ({error}): {ways}") from None
-            warn(f"the ImageNet weights cannot be downloaded ({error}): this demonstration goes on "
-                 f"with RANDOM WEIGHTS, whose figures say little about the method; {ways}")  # fmt: skip
+            warn(
+                f"the ImageNet weights cannot be downloaded ({error}): this demonstration goes on "
+                f"with RANDOM WEIGHTS, whose figures say little about the method; {ways}"
+            )
             options.weights = "random"
     if options.weights == "random":
         torch.manual_seed(options.seed)
@@ -598,24 +611,37 @@ def load_resnet(options) -> torch.nn.Module:
     return resnet.to(options.device, memory_format=torch.channels_last)
 
 
-def load_state_dict(network: torch.nn.Module, path: str) -> None:
-    """Loads a whole state dict from a .pth file. Raises UserError naming the first mismatch."""
+def load_torch_file(option: str, path) -> dict:
+    """The dict in a file that torch.save wrote; none of its code is run (weights_only).
+
+    Raises UserError, which begins with `option`, for a missing, damaged or foreign file.
+    """
     if not Path(path).is_file():
-        raise UserError(f"--weights {path}: no such file: expected imagenet, random or a .pth file")
+        expected = "imagenet, random or a .pth file" if "weights" in option else "a file by --save"
+        raise UserError(f"{option}: no such file: expected {expected}")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        found = {name: tensor for name, tensor in found.items() if torch.is_tensor(tensor)}
-    except Exception as error:  # unpickling raises nearly everything on a foreign file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--weights {path}: not a state dict saved by torch.save ({reason})") from None
+    except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        raise UserError(f"{option}: damaged or foreign file ({reason}): get it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{option}: holds a {type(found).__name__}, expected a dict")
+    return found
+
+
+def load_state_dict(network: torch.nn.Module, path: str) -> None:
+    """Loads a whole state dict from a .pth file. Raises UserError naming the first mismatch."""
+    found = load_torch_file(f"--weights {path}", path)
     expected = network.state_dict()
     for name in [*expected, *found]:
-        shapes = [tuple(d[name].shape) if name in d else "absent" for d in (expected, found)]
-        if shapes[0] != shapes[1] and not name.endswith("num_batches_tracked"):
-            raise UserError(
-                f"--weights {path}: {name} is {shapes[1]}, expected {shapes[0]}: "
-                f"pass the state dict of the whole --backbone"
-            )
+        have = found[name].shape if torch.is_tensor(found.get(name)) else "absent"
+        want = expected[name].shape if name in expected else "absent"
+        if have != want and not name.endswith("num_batches_tracked"):  # older files lack those
+            have, want = (text if text == "absent" else tuple(text) for text in (have, want))
+            difference = f"{name} is {have}, expected {want}"
+            raise UserError(f"--weights {path}: {difference}: pass the --backbone it belongs to")
+        if have != "absent" and not torch.isfinite(found[name]).all():
+            raise UserError(f"--weights {path}: {name} holds NaN or infinity: get it again")
     network.load_state_dict(found, strict=False)
 
 
@@ -624,9 +650,10 @@ def extract(resnet, layers, pixels, options, description="features"):
     """Runs the ResNet once over the images and yields, batch by batch, what `layers` put out.
 
     pixels: (N, 3, H, W) uint8. layers: names like "layer2".
-    Yields a list with a (B, C, h, w) float32 tensor per layer, on --device, in the order asked for.
+    Yields a list with a (B, C, h, w) float32 tensor per layer, on --device, the finest grid first.
     """
-    kept, last = {}, max(layers)
+    layers = sorted(set(layers))
+    kept, last = {}, layers[-1]
 
     def keep(name):
         def hook(module, inputs, output):
@@ -653,14 +680,58 @@ def normalize(pixels: torch.Tensor, device) -> torch.Tensor:
     return transforms.normalize(images, IMAGENET_MEAN, IMAGENET_STD, inplace=True)
 
 
+def resize(images: torch.Tensor, size) -> torch.Tensor:
+    """(B, C, h, w) to (B, C, *size) by bilinear interpolation; averages where it shrinks."""
+    shrinks = images.shape[2] > size[0]
+    return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=shrinks)
+
+
 def to_maps(grids: torch.Tensor, size: int, sigma=4.0) -> torch.Tensor:
     """Patch scores (N, h, w) to anomaly maps (N, size, size): bilinear, then a Gaussian blur."""
-    maps = torch.nn.functional.interpolate(
-        grids[:, None].cpu(), size=(size, size), mode="bilinear", align_corners=False
-    )
+    maps = resize(grids[:, None].cpu(), (size, size))
     for one in maps[:, 0].numpy():  # a view: written in place
         ndimage.gaussian_filter(one, sigma, output=one)
     return maps[:, 0]
+
+
+def hold_out(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Splits `count` images: a tenth, at least one, is kept from training to set the threshold.
+
+    Returns indices (to train on, held out), int64, drawn from `seed`.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held = max(1, round(count / 10))
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def minimize(network: torch.nn.Module, loss_of, steps: int, learning_rate: float, options) -> None:
+    """Trains by Adam: the rate rises to `learning_rate`, then falls to zero (one cycle).
+
+    loss_of: called without arguments at each step, returns the loss of a fresh random batch.
+    Draws the curve into loss.png. Raises UserError when a loss is NaN or infinite.
+    """
+    optimizer = torch.optim.Adam(network.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    losses = []
+    network.train()
+    with stage("training"), progress(range(steps), "fit: train", unit="step") as bar:
+        for step in bar:
+            loss = loss_of()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+            if step % 20 == 0 or step == steps - 1:  # reading a loss waits for the device
+                if not math.isfinite(losses[-1]):
+                    reason = f"the loss became {losses[-1]:.3g} at step {step}"
+                    raise UserError(f"--learning-rate {learning_rate:g}: {reason}: lower the rate")
+                bar.set_postfix_str(f"loss {losses[-1]:.2e}")
+    network.eval()
+    figure, axis = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    axis.semilogy(torch.stack(losses).cpu(), color="black", linewidth=0.7)
+    axis.set(xlabel="step", ylabel="training loss (MSE)", title=f"{options.method}: training")
+    save_figure(figure, options.out / "loss.png")
 
 
 # ------------------------------------------------------------------ 4. nearest neighbors
@@ -673,7 +744,8 @@ def nearest_neighbors(queries, bank, k=1, backend="auto"):
 
     queries: (Q, D) float32, Q may be 0. bank: (N, D) float32. Any strides, any devices.
     Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, on the queries' device.
-    Raises ValueError for k outside 1..N, other shapes or dtypes, NaN or infinity (says where).
+    Raises ValueError for k outside 1..N, other shapes or dtypes, NaN or infinity (says where), and
+    for backend "cupy" without an NVIDIA GPU; "auto" takes torch there.
 
     Three steps. `search` ranks bank rows by |b|^2 - 2 q.b, which is |q - b|^2 less a constant of
     the query: one matrix product. That difference of large numbers loses digits, so the k best and
@@ -686,7 +758,9 @@ def nearest_neighbors(queries, bank, k=1, backend="auto"):
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}: expected 1 to {len(bank)}, the rows of the bank")
 
-    keys, candidates = search(queries, bank, squares.to(queries.device), min(k + SPARE, len(bank)))
+    wanted = min(k + SPARE, len(bank))
+    find = search_cupy if uses_cupy(backend, queries) and wanted <= 32 else search
+    keys, candidates = find(queries, bank, squares.to(queries.device), wanted)
     distances, indices = measure(queries, bank, candidates)
     if indices.shape[1] < len(bank):  # rows were left out: is one of them nearer?
         # Rounding errors of a sum of D products add up like a random walk (Higham and Mary 2019).
@@ -766,6 +840,93 @@ def measure(queries, bank, indices):
     return distances, indices.gather(1, order)
 
 
+# The same search on an NVIDIA GPU. cuBLAS writes a block of products; this kernel reads them once
+# and keeps each query's k best, sorted, one per lane of a warp, so that no distance is ever stored.
+SEARCH_CUDA = r"""
+#define WARP 0xffffffffu
+extern "C" __global__ void keep_best(const float* products, const float* norms, int queries,
+                                     int rows, long long first, int k, float* best,
+                                     long long* indices) {
+    int lane = threadIdx.x % 32;
+    long long query = blockIdx.x * (blockDim.x / 32LL) + threadIdx.x / 32;  // one warp per query
+    if (query >= queries) return;
+    const float infinity = __int_as_float(0x7f800000);
+    float key = lane < k ? best[query * k + lane] : infinity;
+    long long index = lane < k ? indices[query * k + lane] : 0;
+    float worst = __shfl_sync(WARP, key, k - 1);
+    for (int start = 0; start < rows; start += 32) {
+        int row = start + lane;
+        float mine = row < rows ? norms[row] - 2 * products[query * rows + row] : infinity;
+        unsigned better = __ballot_sync(WARP, mine < worst);
+        for (; better; better &= better - 1) {  // rare, once the first blocks have been seen
+            int from = __ffs(better) - 1;
+            float newcomer = __shfl_sync(WARP, mine, from);
+            int place = __popc(__ballot_sync(WARP, key <= newcomer));
+            float left_key = __shfl_up_sync(WARP, key, 1);
+            long long left_index = __shfl_up_sync(WARP, index, 1);
+            if (lane > place) { key = left_key; index = left_index; }  // make room
+            if (lane == place) { key = newcomer; index = first + start + from; }
+        }
+        worst = __shfl_sync(WARP, key, k - 1);
+    }
+    if (lane < k) { best[query * k + lane] = key; indices[query * k + lane] = index; }
+}
+"""
+
+
+@functools.cache
+def cuda_kernels():
+    """The compiled kernels by name; None, said once, where CuPy or its compiler does not work."""
+    try:
+        import cupy
+
+        module = cupy.RawModule(code=SEARCH_CUDA + CORESET_CUDA)
+        return {name: module.get_function(name) for name in ("keep_best", "update_and_pick")}
+    except Exception as error:  # no wheel, no driver, no compiler: each fails in its own way
+        warn(f"CuPy cannot be used ({error}): search and coreset run in plain torch")
+        return None
+
+
+def uses_cupy(backend: str, tensor: torch.Tensor) -> bool:
+    if backend not in ("auto", "torch", "cupy"):
+        raise ValueError(f"backend is {backend!r}: expected auto, torch or cupy")
+    usable = tensor.is_cuda and backend != "torch" and cuda_kernels() is not None
+    if backend == "cupy" and not usable:
+        raise ValueError(f"backend cupy: needs CuPy and CUDA tensors, got {tensor.device.type}")
+    return usable
+
+
+@contextlib.contextmanager
+def cupy_like_torch(device):
+    """Yields `cupy` working on torch's current device and stream: no copy, no waiting."""
+    import cupy
+
+    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream)
+    with torch.cuda.device(device), cupy.cuda.Device(device.index), stream:
+        yield cupy
+
+
+def search_cupy(queries, bank, squares, k):
+    """What `search` returns, for CUDA queries and k up to 32, in blocks of 4096 x 8192 products."""
+    best = queries.new_full((len(queries), k), torch.inf)
+    indices = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
+    buffer = queries.new_empty(4096 * 8192)
+    with cupy_like_torch(queries.device) as cupy:
+        for start in range(0, len(bank), 8192):
+            rows = bank[start : start + 8192].to(queries.device).contiguous()
+            norms = squares[start : start + 8192]
+            for part in range(0, len(queries), 4096):
+                block = queries[part : part + 4096].contiguous()
+                products = buffer[: len(block) * len(rows)].view(len(block), len(rows))
+                tensors = (products, norms, best[part : part + 4096], indices[part : part + 4096])
+                out, norms_, *found = map(cupy.from_dlpack, tensors)
+                cupy.matmul(cupy.from_dlpack(block), cupy.from_dlpack(rows).T, out=out)
+                sizes = np.int32(len(block)), np.int32(len(rows)), np.int64(start), np.int32(k)
+                blocks = -(-len(block) // 8)  # of 8 warps, a query each
+                cuda_kernels()["keep_best"]((blocks,), (256,), (out, norms_, *sizes, *found))
+    return best, indices
+
+
 # ------------------------------------------------------------------ 5. greedy coreset
 
 FRONTIER, STEPS = 1024, 256
@@ -791,13 +952,16 @@ def greedy_coreset(features, size, seed=0, backend="auto"):
     squared_norms("features", features)
     if not 1 <= size <= len(features):
         raise ValueError(f"size is {size}: expected 1 to {len(features)}, the number of features")
-    # float64, as |a|^2 - 2 a.b + |b|^2 is a small difference of large numbers (MPS has none).
+    first = torch.randint(len(features), (1,), generator=torch.Generator().manual_seed(seed))
+    if uses_cupy(backend, features):
+        return coreset_cupy(features, size, first)
+    # float64, as |a|^2 - 2 a.b + |b|^2 is a small difference of large numbers (MPS has none). A
+    # whole number off each column makes them smaller, and leaves equal distances equal.
     device = "cpu" if features.device.type == "mps" else features.device
     rows = features.to(device, torch.float64)
-    rows = rows - rows.mean(0)  # (N, D)
+    rows = rows - rows.mean(0).round()  # (N, D)
     squares = rows.square().sum(1)
     distance = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=device)  # squared
-    first = torch.randint(len(rows), (1,), generator=torch.Generator().manual_seed(seed))
     new, picked = first.to(device), []
     bar = progress(description="coreset", total=size)
     while True:
@@ -813,7 +977,7 @@ def greedy_coreset(features, size, seed=0, backend="auto"):
             return torch.cat(picked).to(features.device)
 
         farthest = distance.sort(descending=True, stable=True).indices
-        frontier, outside = farthest[:FRONTIER], farthest[FRONTIER : FRONTIER + 1]
+        frontier, outside = farthest[:FRONTIER].sort().values, farthest[FRONTIER : FRONTIER + 1]
         inside = distance[frontier]
         between = squared_distances(rows, squares, frontier, frontier).fill_diagonal_(-1.0)
         steps = min(STEPS, missing, len(frontier))
@@ -822,15 +986,69 @@ def greedy_coreset(features, size, seed=0, backend="auto"):
         for step in range(steps):  # the obvious loop, on a few rows; no wait for the device
             radii[step], candidates[step] = inside.max(0)
             inside = torch.minimum(inside, between[candidates[step]])
-        if len(outside):
-            candidates = candidates[: int((radii >= distance[outside]).sum())]
         new = frontier[candidates]
+        if len(outside):
+            wins = (radii > distance[outside]) | ((radii == distance[outside]) & (new < outside))
+            new = new[: int(wins.cumprod(0).sum())]  # the first one always does
 
 
 def squared_distances(rows, squares, a, b):
     """|rows[a] - rows[b]|^2 as (len(a), len(b)), float64; what rounding leaves of 0 is 0."""
     result = torch.addmm(squares[b], rows[a], rows[b].T, alpha=-2).add_(squares[a, None])
     return result.masked_fill_(result < 1e-13 * squares[a, None], 0.0)
+
+
+# On an NVIDIA GPU the obvious loop needs no cleverness but one kernel a pick: a warp reads a row,
+# 16 bytes a thread, shortens its distance, and the farthest row falls out of the same pass: packed
+# into 64 bits, distance first, the largest number is the farthest row, and of equals the lowest.
+CORESET_CUDA = r"""
+extern "C" __global__ void update_and_pick(const float4* features, float* distance,
+                                           unsigned long long* picks, unsigned rows,
+                                           int quads, int step) {
+    __shared__ unsigned long long farthest;
+    if (threadIdx.x == 0) farthest = 0;
+    __syncthreads();
+    unsigned newest = ~(unsigned)picks[step], lane = threadIdx.x % 32;
+    unsigned warps = gridDim.x * blockDim.x / 32;
+    unsigned warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    const float4* center = features + (size_t)newest * quads;
+    unsigned long long best = 0;
+    for (unsigned row = warp; row < rows; row += warps) {
+        float sum = 0;
+        for (int quad = lane; quad < quads; quad += 32) {
+            float4 a = features[(size_t)row * quads + quad], b = center[quad];
+            a.x -= b.x, a.y -= b.y, a.z -= b.z, a.w -= b.w;
+            sum += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
+        }
+        for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+        sum = row == newest ? -1 : fminf(sum, distance[row]);  // -1: never again
+        if (lane == 0) distance[row] = sum;
+        unsigned long long packed = (unsigned long long)__float_as_uint(sum) << 32 | ~row;
+        if (sum >= 0 && packed > best) best = packed;
+    }
+    if (lane == 0) atomicMax(&farthest, best);
+    __syncthreads();
+    if (threadIdx.x == 0) atomicMax(&picks[step + 1], farthest);
+}
+"""
+
+
+def coreset_cupy(features, size, first):
+    """What `greedy_coreset` returns, in float32: a launch a pick, and the host waits for none."""
+    columns = torch.nn.functional.pad(features, (0, -features.shape[1] % 4)).contiguous()
+    distance = features.new_full((len(features),), torch.inf)  # squared
+    picks = torch.zeros(size + 1, dtype=torch.int64, device=features.device)  # distance, ~row
+    picks[0] = int(first) ^ 0xFFFFFFFF
+    processors = torch.cuda.get_device_properties(features.device).multi_processor_count
+    with cupy_like_torch(features.device) as cupy:
+        tensors = [cupy.from_dlpack(tensor) for tensor in (columns, distance, picks)]
+        sizes = np.uint32(len(columns)), np.int32(columns.shape[1] // 4)
+        for step in progress(range(size - 1), "coreset"):
+            kernel = cuda_kernels()["update_and_pick"]
+            kernel((8 * processors,), (256,), (*tensors, *sizes, np.int32(step)))
+            if step % 512 == 0:
+                torch.cuda.synchronize(features.device)  # so that the bar tells the truth
+    return (picks[:size] & 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
 # ------------------------------------------------------------------ 6. metrics and threshold
@@ -893,16 +1111,16 @@ def calibrate(options, model) -> None:
     count, rate = len(model["normal_scores"]), options.false_alarm_rate
     if (count + 1) * rate < 1:
         warn(
-            f"--false-alarm-rate {rate:g}: needs {math.ceil(1 / rate) - 1} normal images to set the "
-            f"threshold, there are {count}: it is the highest of their scores, expect about one "
-            f"false alarm in {count + 1}; add images"
+            f"--false-alarm-rate {rate:g}: takes {math.ceil(1 / rate) - 1} normal images to set a "
+            f"threshold with, there are {count}: it is their highest score, so expect about one "
+            f"false alarm in {count + 1} normal images; add images to train/good"
         )
     options.threshold = conformal_quantile(model["normal_scores"], rate)
     peaks = model["normal_peaks"]
     options.map_threshold = None if peaks is None else conformal_quantile(peaks, rate)
 
 
-# ------------------------------------------------------------------ 7. report, save, load, predict
+# ------------------------------------------------------------------ 7. report
 
 FORMAT = "visual anomaly detection, format 1"
 
@@ -913,7 +1131,7 @@ def save_model(options, state, normal_scores, normal_maps, fit_seconds: float) -
     state: tensors and numbers that `score` needs. normal_scores: (n,) of normal images that the
     model has not seen, from which any threshold follows. normal_maps: their (n, H, W) maps or None.
     """
-    passing = [*RUN_OPTIONS, "method", "demo", "data_fingerprint"]
+    passing = {*RUN_OPTIONS, "method", "demo", "data_fingerprint"}
     model = {
         "format": FORMAT,
         "method": options.method,
@@ -921,7 +1139,7 @@ def save_model(options, state, normal_scores, normal_maps, fit_seconds: float) -
         "state": state,
         "normal_scores": torch.as_tensor(normal_scores),
         "normal_peaks": None if normal_maps is None else normal_maps.amax((1, 2)),
-        "normal_median": None if normal_maps is None else normal_maps.median(),
+        "normal_median": None if normal_maps is None else float(normal_maps.median()),
         "fit_seconds": fit_seconds,
     }
     if options.save:
@@ -934,152 +1152,161 @@ def save_model(options, state, normal_scores, normal_maps, fit_seconds: float) -
 
 def load_model(path: Path, method: str) -> dict:
     """Reads what `save_model` wrote. Raises UserError for anything else."""
-    if not path.is_file():
-        raise UserError(f"--load {path}: no such file: expected one written by --save")
-    try:
-        model = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--load {path}: damaged, or not written by --save ({reason})") from None
-    if not isinstance(model, dict) or "format" not in model:
+    model = load_torch_file(f"--load {path}", path)
+    if model.get("format") is None:
         raise UserError(f"--load {path}: not a saved model: expected a file written by --save")
     for name, expected in [("format", FORMAT), ("method", method)]:
-        if model[name] != expected:
-            raise UserError(
-                f"--load {path}: {name} is {model[name]!r}, expected {expected!r}: fit again"
-            )
+        if model.get(name) != expected:
+            found = f"{name} is {model.get(name)!r}, expected {expected!r}"
+            raise UserError(f"--load {path}: {found}: fit again with --save")
     return model
 
 
-def report(options, model, test: Split, judge, reconstruct=None) -> None:
-    """Scores the test images; metrics, tables, scores.csv, metrics.json and figures of the run.
+def report(options, model, test: Split, judge) -> None:
+    """All that follows the fit: thresholds, metrics, tables, files and figures; then --predict.
 
-    judge: pixels (N, 3, crop, crop) uint8 -> scores (N,) and maps (N, crop, crop) float32, or None
-    for a method without. reconstruct: pixels -> pixels, drawn beside the images if given.
+    judge: pixels (N, 3, crop, crop) uint8 -> scores (N,), maps (N, crop, crop) float32 or None for
+    a method without, and panels: i -> [(title, caption, (h, w, 3) uint8), ...], what the method
+    shows of the i-th image besides its map.
     """
-    start = time.perf_counter()
-    scores, maps = judge(test.pixels)
-    seconds = time.perf_counter() - start
-    scores = np.asarray(scores)
-    predicted = scores > options.threshold
-    with stage("metrics"):
-        metrics = evaluate(options, test, scores, maps, predicted)
-    metrics["fit_seconds"] = model["fit_seconds"]
-    metrics["ms_per_image"] = 1000 * seconds / len(scores)
-    names = np.array(["normal", "defect"])
-    with atomic(options.out / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "label", "score", "predicted"])
-        for path, label, score, alarm in zip(test.paths, test.labels, scores, predicted, strict=True):
-            writer.writerow([path, names[int(label)], f"{score:.9g}", names[int(alarm)]])
-    with atomic(options.out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
-    with stage("figures"):
-        draw_scores(options, test.labels, scores)
-        if maps is not None:
-            draw_examples(options, model, test, scores, maps, reconstruct)
-    show_tables(options, metrics)
+    calibrate(options, model)
+    if test.paths:
+        start = time.perf_counter()
+        scores, maps, panels = judge(test.pixels)
+        seconds = time.perf_counter() - start
+        scores = np.asarray(scores)
+        with stage("metrics"):
+            metrics = evaluate(options, test, scores, maps)
+        metrics["fit_seconds"] = model["fit_seconds"]
+        metrics["ms_per_image"] = 1000 * seconds / len(scores)
+        with stage("figures"):
+            draw_scores(options, test.labels, scores)
+            draw_examples(options, model, test, scores, maps, panels)
+        write_files(options, test, scores, metrics)
+        show_tables(options, metrics)
+        draw_methods(options, metrics)
+    if options.predict:
+        predict(options, model, judge)
 
 
-def evaluate(options, test: Split, scores, maps, predicted) -> dict:
+def evaluate(options, test: Split, scores, maps) -> dict:
     """What metrics.json holds, but for the times. A metric that cannot be computed is None."""
-    labels, defects = test.labels, np.array(test.defects)
+    labels, defects, predicted = test.labels, np.array(test.defects), scores > options.threshold
 
     def figures(rows):
         on_pixels = maps is not None and test.masks is not None
         chosen = (maps[rows], test.masks[rows]) if on_pixels else ()
         return {
-            "images": int((rows & labels).sum()) or int(rows.sum()),
             "image_auroc": image_auroc(scores[rows], labels[rows]),
             "pixel_auroc": pixel_auroc(*chosen) if on_pixels else None,
             "au_pro": au_pro(*chosen) if on_pixels else None,
         }
 
-    every = figures(np.ones(len(labels), dtype=bool))
-    kinds = sorted(set(test.defects) - {"good"})
-    per_defect = {
-        kind: figures((defects == kind) | ~labels)
-        | {"detected": int(predicted[defects == kind].sum())}
-        for kind in progress(kinds, "metrics")
+    per_defect = {}
+    for kind in progress(sorted(set(test.defects) - {"good"}), "metrics"):
+        of_kind = defects == kind
+        per_defect[kind] = figures(of_kind | ~labels)  # against all normal images
+        per_defect[kind] |= {"images": int(of_kind.sum())}
+        per_defect[kind] |= {"detected": int(predicted[of_kind].sum())}
+    threshold = {
+        "score": options.threshold,
+        "map": options.map_threshold,
+        "false_alarm_rate": options.false_alarm_rate,
+        "normal_images": int((~labels).sum()),
+        "false_alarms": int(predicted[~labels].sum()),
+        "defective_images": int(labels.sum()),
+        "detected": int(predicted[labels].sum()),
+        "f1": None,
+        "oracle": None,
     }
-    oracle = None
     if 0 < labels.sum() < len(labels):
         precision, recall, thresholds = precision_recall_curve(labels, scores)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        oracle = {"f1": float(f1.max()), "threshold": float(thresholds[f1[:-1].argmax()])}
+        threshold["f1"] = float(f1_score(labels, predicted))
+        threshold["oracle"] = {"f1": float(f1.max()), "threshold": float(thresholds[f1.argmax()])}
     return {
         "method": options.method,
         "data": str(options.data),
-        "image_auroc": every["image_auroc"],
-        "pixel_auroc": every["pixel_auroc"],
-        "au_pro": every["au_pro"],
+        **figures(np.ones(len(labels), dtype=bool)),
         "per_defect": per_defect,
-        "threshold": {
-            "score": options.threshold,
-            "map": options.map_threshold,
-            "false_alarm_rate": options.false_alarm_rate,
-            "normal_images": int((~labels).sum()),
-            "false_alarms": int(predicted[~labels].sum()),
-            "defective_images": int(labels.sum()),
-            "detected": int(predicted[labels].sum()),
-            "f1": float(f1_score(labels, predicted)) if oracle else None,
-            "oracle": oracle,
-        },
+        "threshold": threshold,
         "weights": weights_label(options),
         "fingerprint": getattr(options, "fingerprint", None),
         "data_fingerprint": options.data_fingerprint,
-        "settings": {name: value for name, value in vars(options).items()},
+        "settings": vars(options),
     }
 
 
 def weights_label(options) -> str:
     if getattr(options, "fingerprint", None) is None:
         return "no pretrained weights"
-    return {"imagenet": "ImageNet weights", "random": "random weights"}.get(
-        options.weights, f"weights {Path(options.weights).name}"
-    )
+    names = {"imagenet": "ImageNet weights", "random": "random weights"}
+    return names.get(options.weights, f"weights {Path(options.weights).name}")
+
+
+def write_files(options, test: Split, scores, metrics: dict) -> None:
+    """scores.csv and metrics.json, each whole or not at all."""
+    names = np.array(["normal", "defect"])
+    columns = test.paths, names[test.labels.astype(int)], scores
+    with atomic(options.out / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "label", "score", "predicted"])
+        for path, label, score in zip(*columns, strict=True):
+            writer.writerow([path, label, f"{score:.9g}", verdict(options, score)])
+    with atomic(options.out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
+
+
+def verdict(options, score) -> str:
+    return "defect" if score > options.threshold else "normal"
 
 
 def show_tables(options, metrics: dict) -> None:
     """Prints this run by defect type, then all methods run so far on the same data and weights."""
     stream = sys.stderr if options.predict else sys.stdout  # with --predict, stdout is for the CSV
 
+    def text(value):
+        if value is None:
+            return "-"
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
     def show(title, header, rows):
-        cells = [header] + [["-" if c is None else c if isinstance(c, str) else f"{c:.3f}"
-                             if isinstance(c, float) else str(c) for c in row] for row in rows]  # fmt: skip
+        cells = [header] + [[text(value) for value in row] for row in rows]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         print(f"\n{title}", file=stream)
-        for row in cells:
-            first, *rest = (c.rjust(w) for c, w in zip(row, widths, strict=True))
-            print("  ".join([first.strip().ljust(widths[0]), *rest]), file=stream)
+        for first, *rest in cells:
+            aligned = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+            print("  ".join([first.ljust(widths[0]), *aligned]), file=stream)
 
-    three = ["image_auroc", "pixel_auroc", "au_pro"]
+    names = ["image_auroc", "pixel_auroc", "au_pro"]
     header = ["image AUROC", "pixel AUROC", "AU-PRO"]
     at = metrics["threshold"]
-    rows = [
-        [kind, *(values[name] for name in three), f"{values['detected']} of {values['images']}"]
-        for kind, values in metrics["per_defect"].items()
-    ]
-    rows.append(["all", *(metrics[n] for n in three), f"{at['detected']} of {at['defective_images']}"])
-    rows.append(["good", None, None, None, f"{at['false_alarms']} of {at['normal_images']}"])
-    title = f"{options.method} on {options.data}, {metrics['weights']}"
-    show(title, ["defect type", *header, "reported"], rows)
-    oracle = at["oracle"] and f"; oracle (best F1 of any threshold, found with the labels): " \
-        f"{at['oracle']['f1']:.3f} at {at['oracle']['threshold']:.4g}"  # fmt: skip
-    print(
-        f"threshold {at['score']:.4g} from normal images alone, for a false-alarm rate of "
-        f"{at['false_alarm_rate']:g}"
-        + (f": F1 {at['f1']:.3f}{oracle}" if oracle else ""),
-        file=stream,
+    every = {"all": {**metrics, "detected": at["detected"], "images": at["defective_images"]}}
+    good = {"detected": at["false_alarms"], "images": at["normal_images"]}
+    show(
+        f"{options.method} on {options.data}, {metrics['weights']}",
+        ["defect type", *header, "reported"],
+        [
+            [kind, *map(values.get, names), f"{values['detected']} of {values['images']}"]
+            for kind, values in [*metrics["per_defect"].items(), *every.items(), ("good", good)]
+        ],
     )
+    line = f"threshold {at['score']:.4g}, from normal images alone, for a false-alarm rate of "
+    line += f"{at['false_alarm_rate']:g}"
+    if at["oracle"]:
+        line += f": F1 {at['f1']:.3f} (an oracle that knows the labels: {at['oracle']['f1']:.3f} "
+        line += f"at {at['oracle']['threshold']:.4g})"
+    print(line, file=stream)
     if metrics["image_auroc"] is None:
         warn("the test images are all normal or all defective: image AUROC is null")
-    runs = comparable_runs(options, metrics)
     show(
         f"all methods so far on {options.data}",
         ["method", *header, "fit s", "ms/image", "weights"],
-        [[r["method"], *(r[n] for n in three), f"{r['fit_seconds']:.1f}",
-          f"{r['ms_per_image']:.0f}", r["weights"]] for r in runs],
+        [
+            [run["method"], *map(run.get, names), f"{run['fit_seconds']:.1f}",
+             f"{run['ms_per_image']:.0f}", run["weights"]]
+            for run in comparable_runs(options, metrics)
+        ],
     )  # fmt: skip
     seconds = ", ".join(f"{name} {spent:.1f}" for name, spent in SECONDS.items())
     print(f"\nseconds: {seconds}; files in {options.out}", file=stream)
@@ -1090,31 +1317,28 @@ def comparable_runs(options, metrics: dict) -> list[dict]:
 
     Runs with other ResNet weights are left out; the autoencoder has none and fits with all.
     """
+
+    def images(run):
+        settings = run.get("settings", {})
+        return run.get("data_fingerprint"), settings.get("resize"), settings.get("crop")
+
     runs = []
     for method in METHODS:
         path = options.out.parent / method / "metrics.json"
-        try:
-            runs.append((path.stat().st_mtime, json.loads(path.read_text())))
-        except (OSError, ValueError):
-            continue  # not run yet, or not ours
-    same = ["data_fingerprint", "resize", "crop"]
-    keys = [{**run.get("settings", {}), **run} for _, run in runs]
-    mine = {**metrics["settings"], **metrics}
-    runs = [r for r, k in zip(runs, keys, strict=True) if all(k.get(n) == mine[n] for n in same)]
+        with contextlib.suppress(OSError, ValueError):  # not run yet, or not ours
+            run = json.loads(path.read_text())
+            if images(run) == images(metrics):
+                runs.append((path.stat().st_mtime, run))
     newest = sorted((time, run["fingerprint"]) for time, run in runs if run["fingerprint"])
     wanted = metrics["fingerprint"] or (newest[-1][1] if newest else None)
     return [run for _, run in runs if run["fingerprint"] in (None, wanted)]
 
 
-def save_figure(figure, path: Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", facecolor="white")
-    pyplot.close(figure)
-
-
 def draw_scores(options, labels, scores) -> None:
     """scores.png: how far normal and defective images lie apart, and the ROC curve that follows."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=[1.6, 1])
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(9, 3.5), width_ratios=[1.6, 1], layout="constrained"
+    )
     bins = np.histogram_bin_edges(np.append(scores, options.threshold), 30)
     for kind, name, color in [(False, "normal", "tab:blue"), (True, "defective", "tab:red")]:
         if (labels == kind).any():
@@ -1122,31 +1346,23 @@ def draw_scores(options, labels, scores) -> None:
     left.axvline(options.threshold, color="black", linestyle="--", label="threshold")
     left.set(xlabel="anomaly score", ylabel="test images")
     left.legend()
+    right.plot([0, 1], [0, 1], color="lightgray")
     if 0 < labels.sum() < len(labels):
         fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
         right.plot(fpr, tpr, color="black", label=f"AUROC {image_auroc(scores, labels):.3f}")
         alarm = scores > options.threshold
-        right.plot(alarm[~labels].mean(), alarm[labels].mean(), "o", color="black", label="threshold")
+        at = alarm[~labels].mean(), alarm[labels].mean()
+        right.plot(*at, "o", color="black", label="threshold", clip_on=False)
         right.legend(loc="lower right")
-    right.plot([0, 1], [0, 1], color="lightgray", zorder=0)
     right.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
     figure.suptitle(f"{options.method} on {options.data}, {weights_label(options)}", fontsize=11)
     save_figure(figure, options.out / "scores.png")
 
 
-def overlay(pixels, anomaly_map, low, high, threshold) -> np.ndarray:
-    """(H, W, 3) uint8: the image (3, H, W) uint8 under its map, the detected region outlined."""
-    share = np.clip((np.asarray(anomaly_map) - low) / (high - low), 0, 1)
-    gray = np.asarray(pixels).mean(0)[..., None]
-    heat = 255 * pyplot.get_cmap(COLORS)(share)[..., :3]
-    mixed = gray + (0.25 + 0.5 * share[..., None]) * (heat - gray)
-    mixed[outline(np.asarray(anomaly_map) > threshold)] = 255
-    return mixed.astype(np.uint8)
-
-
-def outline(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool: the pixels of `mask` that touch its border, two pixels wide."""
-    return mask & ~ndimage.binary_erosion(mask, iterations=2)
+def save_figure(figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, facecolor="white")
+    pyplot.close(figure)
 
 
 COLORS = "inferno"
@@ -1154,114 +1370,164 @@ COLORS = "inferno"
 
 def color_range(options, model) -> tuple[float, float]:
     """One scale for all maps: from a normal image's median to twice as far as the threshold."""
-    low = float(model["normal_median"])
+    low = model["normal_median"]
     return low, max(low + 2 * (options.map_threshold - low), low + 1e-12)
 
 
-def draw_examples(options, model, test: Split, scores, maps, reconstruct=None) -> None:
-    """examples.png: a row per defect type, its highest- and its lowest-scoring image side by side."""
-    low, high = color_range(options, model)
+def outline(mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the pixels of `mask` that touch its border, two pixels wide."""
+    return mask & ~ndimage.binary_erosion(mask, iterations=2)
+
+
+def pictures(options, model, pixels, i, maps, panels) -> list:
+    """[(title, caption, (h, w, 3) uint8)] of image i: its panels, then the map over the image.
+
+    pixels: (3, H, W) uint8. maps: (N, H, W) or None. The detected region is outlined.
+    """
+    shown = panels(i)
+    if maps is not None:
+        anomaly_map = np.asarray(maps[i])
+        low, high = color_range(options, model)
+        share = np.clip((anomaly_map - low) / (high - low), 0, 1)
+        gray = np.asarray(pixels).mean(0)[..., None]
+        heat = 255 * pyplot.get_cmap(COLORS)(share)[..., :3]
+        mixed = gray + (0.25 + 0.5 * share[..., None]) * (heat - gray)
+        mixed[outline(anomaly_map > options.map_threshold)] = 255
+        shown.append(("anomaly map", "", mixed.astype(np.uint8)))
+    return shown
+
+
+def picture_grid(title, columns, rows):
+    """A figure of pictures: rows is [(label, [(caption, (h, w, 3) uint8) or None, ...]), ...]."""
+    side = min(1.45, 10.5 / len(columns))  # inches
+    width, height = 1.1 + side * len(columns) + 0.9, 0.75 + side * len(rows) + 0.1
+    figure = pyplot.figure(figsize=(width, height))
+    figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top")
+    for r, (label, cells) in enumerate(rows):
+        bottom = 0.1 + side * (len(rows) - 1 - r)
+        figure.text(1.0 / width, (bottom + side / 2) / height, label, ha="right", va="center")
+        for c, cell in enumerate(cells):
+            box = np.array([1.1 + side * c, bottom, 0.97 * side, 0.97 * side])
+            axis = figure.add_axes(box / (width, height, width, height))
+            axis.axis("off")
+            if r == 0:
+                axis.set_title(columns[c], fontsize=9)
+            if cell is not None:
+                axis.imshow(cell[1])
+                style = {"color": "white", "fontsize": 8, "va": "top", "transform": axis.transAxes}
+                axis.text(0.03, 0.97, cell[0], **style)
+    return figure
+
+
+def draw_examples(options, model, test: Split, scores, maps, panels) -> None:
+    """examples.png: a row per defect type, its highest- and its lowest-scoring image.
+
+    strip.png: the last picture of each type's first image, for `draw_methods`.
+    """
     kinds = sorted(set(test.defects), key=lambda kind: (kind == "good", kind))
-    titles = ["image", "ground truth", "anomaly map"]
-    if reconstruct:
-        titles.insert(1, "reconstruction")
-    wide = len(titles)
-    figure, axes = pyplot.subplots(
-        len(kinds), 2 * wide + 1, squeeze=False, figsize=(2.9 * wide + 0.6, 1.42 * len(kinds) + 0.7),
-        width_ratios=[1] * wide + [0.12] + [1] * wide, layout="constrained",
-    )  # fmt: skip
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    for row, kind in zip(axes, kinds, strict=True):
+
+    def shown(i):
+        image = test.pixels[i].permute(1, 2, 0).numpy()
+        truth = image.copy()
+        if test.masks is not None:
+            truth[outline(test.masks[i].numpy())] = (0, 255, 0)
+        caption = f"{scores[i]:.3g} {verdict(options, scores[i])}"
+        own = pictures(options, model, test.pixels[i], i, maps, panels)
+        return [("image", caption, image), ("ground truth", "", truth), *own]
+
+    rows = []
+    for kind in kinds:
         of_kind = np.flatnonzero(np.array(test.defects) == kind)
-        chosen = of_kind[[scores[of_kind].argmax(), scores[of_kind].argmin()]]
-        row[0].set_ylabel(kind.replace("_", "\n"), rotation=0, ha="right", va="center")
-        for side, i in enumerate(chosen[: len(of_kind)]):
-            image = test.pixels[i].permute(1, 2, 0).numpy()
-            truth = image.copy()
-            if test.masks is not None:
-                truth[outline(test.masks[i].numpy())] = (0, 255, 0)
-            panels = [image, truth, overlay(test.pixels[i], maps[i], low, high, options.map_threshold)]
-            if reconstruct:
-                panels.insert(1, reconstruct(test.pixels[i : i + 1])[0].permute(1, 2, 0).numpy())
-            for axis, panel in zip(row[side * (wide + 1) :], panels, strict=False):
-                axis.imshow(panel)
-            verdict = "defect" if scores[i] > options.threshold else "normal"
-            axis = row[side * (wide + 1) + wide - 1]
-            axis.text(
-                0.03, 0.97, f"{scores[i]:.3g} {verdict}", color="white", fontsize=8,
-                transform=axis.transAxes, va="top",
-            )  # fmt: skip
-    for side, name in enumerate(["highest score of its type", "lowest score of its type"]):
-        for title, axis in zip(titles, axes[0, side * (wide + 1) :], strict=False):
-            axis.set_title(title, fontsize=9)
-        axes[-1, side * (wide + 1) + wide // 2].set_xlabel(name)
-    scale = pyplot.cm.ScalarMappable(pyplot.Normalize(low, high), COLORS)
-    bar = figure.colorbar(scale, ax=axes, shrink=0.6, aspect=40, extend="both")
-    bar.ax.axhline(options.map_threshold, color="white", linewidth=2)
-    bar.set_label("anomaly map (white line and outline: threshold)")
-    figure.suptitle(f"{options.method} on {options.data}, {weights_label(options)}", fontsize=11)
+        cells = shown(of_kind[scores[of_kind].argmax()])
+        if len(of_kind) > 1:
+            cells += shown(of_kind[scores[of_kind].argmin()])
+        rows.append((kind.replace("_", "\n"), [cell[1:] for cell in cells]))
+    titles = [title for title, *_ in shown(0)] * 2
+    title = f"{options.method} on {options.data}, {weights_label(options)}: the highest- and the "
+    figure = picture_grid(title + "lowest-scoring image of each type", titles, rows)
+    if maps is not None:
+        scale = pyplot.cm.ScalarMappable(pyplot.Normalize(*color_range(options, model)), COLORS)
+        width = figure.get_figwidth()
+        place = figure.add_axes((1 - 0.8 / width, 0.25, 0.12 / width, 0.5))
+        bar = figure.colorbar(scale, cax=place)
+        bar.ax.axhline(options.map_threshold, color="white", linewidth=2)
+        bar.set_label("anomaly map (white: threshold)", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
     save_figure(figure, options.out / "examples.png")
+    firsts = [shown(test.defects.index(kind)) for kind in kinds]
+    for name, column in [("strip.png", -1), ("truth.png", 1)]:
+        parts = [Image.fromarray(cells[column][2]).resize((224, 224)) for cells in firsts]
+        with atomic(options.out / name) as temporary:
+            Image.fromarray(np.hstack(parts)).save(temporary, "PNG")
+
+
+def draw_methods(options, metrics: dict) -> None:
+    """methods.png: every comparable method's picture of the same images, one below the other."""
+    runs = comparable_runs(options, metrics)
+    kinds = [*metrics["per_defect"], "good"]
+
+    def strip(label, method, name):
+        strip = np.asarray(Image.open(options.out.parent / method / name))
+        return label, [("", part) for part in np.split(strip, strip.shape[1] // 224, axis=1)]
+
+    rows = [strip("ground truth", options.method, "truth.png")]
+    for run in runs:
+        figure = f"\nAUROC {run['image_auroc']:.2f}" if run["image_auroc"] is not None else ""
+        rows.append(strip(run["method"] + figure, run["method"], "strip.png"))
+    title = f"all methods so far on {options.data}, {weights_label(options)}"
+    titles = [kind.replace("_", " ") for kind in kinds][: len(rows[0][1])]
+    save_figure(picture_grid(title, titles, rows), options.out.parent / "methods.png")
 
 
 def predict(options, model, judge) -> None:
-    """Judges the images of --predict: CSV on stdout, an overlay per image in --out.
+    """Judges the images of --predict: CSV on stdout, a picture per image in --out.
 
-    judge: pixels (B, 3, crop, crop) uint8 -> scores (B,), maps (B, crop, crop) or None. Holds
-    --batch-size images at a time. Exits with 1 when a file could not be read.
+    Holds --batch-size images at a time. Exits with 1 when a file could not be read.
     """
     files = []
     for path in options.predict:
         files += image_files(path, recursive=True) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"--predict {options.predict[0]}: holds no image")
-    files = list(dict.fromkeys(files))
-    low, high = color_range(options, model) if options.map_threshold is not None else (0, 1)
-    broken = 0
+        raise UserError(f"--predict {options.predict[0]}: holds no image: expected at least one")
+    files = list(dict.fromkeys(files))  # each once
+    writer, broken = csv.writer(sys.stdout, lineterminator="\n"), 0
 
     def load(path):
         try:
-            return prepare(read_image(path), options)
+            return path, prepare(read_image(path), options)
         except UserError as error:
-            return error
+            return path, error
 
     bar = progress(description="predict", total=len(files))
     with ThreadPool() as pool:
         for start in range(0, len(files), options.batch_size):
-            chunk = files[start : start + options.batch_size]
-            loaded = list(zip(chunk, pool.map(load, chunk), strict=True))
+            loaded = pool.map(load, files[start : start + options.batch_size])
+            readable = [(path, pixels) for path, pixels in loaded if torch.is_tensor(pixels)]
             for _, error in loaded:
-                if isinstance(error, UserError):
+                if not torch.is_tensor(error):
                     broken += 1
                     tqdm.write(f"error: {error}", file=sys.stderr)
-            paths = [path for path, pixels in loaded if torch.is_tensor(pixels)]
-            if paths:
-                pixels = torch.stack([p for _, p in loaded if torch.is_tensor(p)])
-                scores, maps = judge(pixels)
-                for i, path in enumerate(paths):
-                    verdict = "defect" if scores[i] > options.threshold else "normal"
-                    csv.writer(sys.stdout, lineterminator="\n").writerow(
-                        [path, f"{scores[i]:.9g}", verdict]
-                    )
-                    if maps is not None:
-                        image = overlay(pixels[i], maps[i], low, high, options.map_threshold)
-                        both = [pixels[i].permute(1, 2, 0).numpy(), image]
-                        target = prediction_path(options, path)
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        with atomic(target) as temporary:
-                            Image.fromarray(np.hstack(both)).save(temporary, "PNG")
-            bar.update(len(chunk))
+            if readable:
+                scores, maps, panels = judge(torch.stack([pixels for _, pixels in readable]))
+            for i, (path, pixels) in enumerate(readable):
+                writer.writerow([path, f"{scores[i]:.9g}", verdict(options, scores[i])])
+                own = pictures(options, model, pixels, i, maps, panels)
+                save_prediction(options, path, pixels, own)
+            sys.stdout.flush()
+            bar.update(len(loaded))
     bar.close()
-    print(f"judged {len(files) - broken} images, {broken} broken; "
-          f"overlays in {options.out / 'predictions'}", file=sys.stderr)  # fmt: skip
+    done = f"judged {len(files) - broken} images, {broken} broken"
+    print(f"{done}; pictures in {options.out / 'predictions'}", file=sys.stderr)
     if broken:
         sys.exit(1)
 
 
-def prediction_path(options, path: Path) -> Path:
-    """Where the overlay of `path` goes: its place under the working folder, or its full path."""
+def save_prediction(options, path: Path, pixels, shown) -> None:
+    """The image and the method's pictures side by side, in predictions/ under the image's path."""
     absolute = Path(os.path.abspath(path))
     base = Path.cwd() if absolute.is_relative_to(Path.cwd()) else absolute.anchor
-    return options.out / "predictions" / f"{absolute.relative_to(base)}.png"
+    target = options.out / "predictions" / f"{absolute.relative_to(base)}.png"
+    parts = [pixels.permute(1, 2, 0).numpy(), *(picture for *_, picture in shown)]
+    parts = [Image.fromarray(part).resize((options.crop, options.crop)) for part in parts]
+    with atomic(target) as temporary:
+        Image.fromarray(np.hstack(parts)).save(temporary, "PNG")
