@@ -1400,14 +1400,14 @@ def pictures(options, model, pixels, i, maps, panels) -> list:
 def picture_grid(title, columns, rows):
     """A figure of pictures: rows is [(label, [(caption, (h, w, 3) uint8) or None, ...]), ...]."""
     side = min(1.45, 10.5 / len(columns))  # inches
-    width, height = 1.1 + side * len(columns) + 0.9, 0.75 + side * len(rows) + 0.1
+    width, height = 1.3 + side * len(columns) + 0.9, 0.65 + side * len(rows) + 0.1
     figure = pyplot.figure(figsize=(width, height))
     figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top")
     for r, (label, cells) in enumerate(rows):
         bottom = 0.1 + side * (len(rows) - 1 - r)
-        figure.text(1.0 / width, (bottom + side / 2) / height, label, ha="right", va="center")
+        figure.text(1.2 / width, (bottom + side / 2) / height, label, ha="right", va="center")
         for c, cell in enumerate(cells):
-            box = np.array([1.1 + side * c, bottom, 0.97 * side, 0.97 * side])
+            box = np.array([1.3 + side * c, bottom, 0.97 * side, 0.97 * side])
             axis = figure.add_axes(box / (width, height, width, height))
             axis.axis("off")
             if r == 0:
@@ -1415,7 +1415,8 @@ def picture_grid(title, columns, rows):
             if cell is not None:
                 axis.imshow(cell[1])
                 style = {"color": "white", "fontsize": 8, "va": "top", "transform": axis.transAxes}
-                axis.text(0.03, 0.97, cell[0], **style)
+                dark = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 1.5}
+                axis.text(0.03, 0.96, cell[0], bbox=dark if cell[0] else None, **style)
     return figure
 
 
@@ -1472,7 +1473,7 @@ def draw_methods(options, metrics: dict) -> None:
 
     rows = [strip("ground truth", options.method, "truth.png")]
     for run in runs:
-        figure = f"\nAUROC {run['image_auroc']:.2f}" if run["image_auroc"] is not None else ""
+        figure = f"\nAUROC {run['image_auroc']:.3f}" if run["image_auroc"] is not None else ""
         rows.append(strip(run["method"] + figure, run["method"], "strip.png"))
     title = f"all methods so far on {options.data}, {weights_label(options)}"
     titles = [kind.replace("_", " ") for kind in kinds][: len(rows[0][1])]

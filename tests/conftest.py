@@ -1,0 +1,75 @@
+"""Helpers of all tests: the scripts as modules, the command line, and a small practice pill."""
+
+import importlib
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+SCRIPTS = {
+    "autoencoder": ROOT / "01_autoencoder.py",
+    "dfr": ROOT / "02_dfr.py",
+    "knn": ROOT / "03_knn.py",
+    "patchcore": ROOT / "04_patchcore.py",
+}
+# A small network on small images: the same code in a fraction of the time.
+SMALL = ["--weights", "random", "--backbone", "resnet18", "--resize", "64", "--crop", "64"]
+QUICK = {  # what keeps each method's own work short
+    "autoencoder": ["--steps", "20"],
+    "dfr": ["--steps", "20"],
+    "knn": ["--neighbors", "3"],
+    "patchcore": ["--coreset", "0.2", "--neighbors", "3"],
+}
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """The four scripts as modules, by method."""
+    return {name: importlib.import_module(path.stem) for name, path in SCRIPTS.items()}
+
+
+@pytest.fixture(scope="session")
+def original_pill(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "pill"
+    common.draw_practice_pill(folder, seed=1, train=8, good=3, per_defect=1)
+    return folder
+
+
+@pytest.fixture
+def pill(original_pill, tmp_path):
+    """A practice pill of 8 + 3 + 7 images that a test may damage."""
+    return Path(shutil.copytree(original_pill, tmp_path / "pill"))
+
+
+@pytest.fixture
+def run_script(monkeypatch, capfd, tmp_path):
+    """Runs a script as `python script.py *arguments` would, in this process.
+
+    Returns (exit code, stdout, stderr). The working folder is the test's own.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(method, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS[method]), *map(str, arguments)])
+        common.SECONDS.clear()
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPTS[method]), run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,78 @@
+"""greedy_coreset against a naive float64 greedy, pick by pick."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import make_blobs
+
+import common
+
+
+def naive_greedy(features, size, first):
+    """The definition: all distances, the farthest row next, the lowest of equals."""
+    rows = np.asarray(features, dtype=np.float64)
+    picks, radii = [first], []
+    distance = ((rows - rows[first]) ** 2).sum(1)
+    for _ in range(size - 1):
+        distance[picks[-1]] = -1
+        picks.append(int(distance.argmax()))
+        radii.append(distance.max())
+        distance = np.minimum(distance, ((rows - rows[picks[-1]]) ** 2).sum(1))
+    return picks
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("rows", "columns", "size"), [(60, 2, 60), (3000, 16, 700), (2500, 128, 300)]
+)
+def test_equals_naive_greedy(generator, rows, columns, size, seed):
+    features = torch.randn(rows, columns, generator=generator)
+    picks = common.greedy_coreset(features, size, seed)
+    assert picks.dtype == torch.int64
+    assert picks.tolist() == naive_greedy(features, size, picks[0].item())
+
+
+def test_equals_naive_greedy_on_clusters_far_from_the_origin():
+    features, _ = make_blobs(4000, 8, centers=30, cluster_std=0.05, random_state=0)
+    features = torch.from_numpy(features + 200).float()
+    picks = common.greedy_coreset(features, 900)
+    assert picks.tolist() == naive_greedy(features, 900, picks[0].item())
+
+
+def test_equal_distances_go_to_the_lowest_index():
+    """A grid, where nearly all picks are ties, in an order that is not that of the distances."""
+    grid = torch.cartesian_prod(*[torch.arange(14.0)] * 3)
+    features = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))]
+    picks = common.greedy_coreset(features, 1500)
+    assert picks.tolist() == naive_greedy(features, 1500, picks[0].item())
+
+
+def test_covers_every_distinct_row_before_any_duplicate(generator):
+    distinct = torch.randn(300, 12, generator=generator)
+    features = distinct[torch.randint(300, (5000,), generator=generator)]
+    count = len(features.unique(dim=0))
+    picks = common.greedy_coreset(features, count + 50)
+    assert len(features[picks[:count]].unique(dim=0)) == count
+    assert len(picks.unique()) == count + 50  # duplicates of rows, never a row twice
+
+
+def test_the_first_pick_is_drawn_from_the_seed_and_part_of_the_coreset(generator):
+    features = torch.randn(1000, 4, generator=generator)
+    firsts = {common.greedy_coreset(features, 1, seed).item() for seed in range(20)}
+    assert len(firsts) > 10
+    assert common.greedy_coreset(features, 50, 7)[0] == common.greedy_coreset(features, 1, 7)[0]
+    assert common.greedy_coreset(features, 1000).unique().tolist() == list(range(1000))
+
+
+@pytest.mark.parametrize(
+    ("features", "size", "message"),
+    [
+        (torch.ones(4, 2), 0, "size is 0: expected 1 to 4"),
+        (torch.ones(4, 2), 5, "size is 5: expected 1 to 4"),
+        (torch.ones(4, 2).half(), 1, "features: expected 2-D float32"),
+        (torch.tensor([[1.0], [torch.inf]]), 1, "features: inf at row 1, column 0"),
+    ],
+)
+def test_refuses_what_it_cannot_pick_from(features, size, message):
+    with pytest.raises(ValueError, match=message):
+        common.greedy_coreset(features, size)

@@ -1,0 +1,112 @@
+"""Metrics and threshold against scikit-learn and the definitions, spelled out."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from sklearn.metrics import roc_auc_score
+
+import common
+
+
+def brute_force_au_pro(maps, masks, max_fpr):
+    """Every threshold, every region, as the definition says; then the area by trapezoids."""
+    regions = []
+    for i, mask in enumerate(masks):
+        labeled, count = ndimage.label(mask, np.ones((3, 3)))
+        regions += [(i, labeled == n) for n in range(1, count + 1)]
+    points = [(0.0, 0.0)]
+    for threshold in np.unique(maps)[::-1]:
+        above = maps >= threshold
+        fpr = above[~masks].mean()
+        points.append((fpr, np.mean([above[i][region].mean() for i, region in regions])))
+    fpr, overlap = np.array(points).T
+    end = np.interp(max_fpr, fpr, overlap)
+    keep = fpr <= max_fpr
+    return np.trapezoid([*overlap[keep], end], [*fpr[keep], max_fpr]) / max_fpr
+
+
+@pytest.fixture
+def maps_and_masks():
+    random = np.random.default_rng(0)
+    masks = ndimage.gaussian_filter(random.standard_normal((5, 24, 24)), (0, 2, 2)) > 0.22
+    masks[0] = False
+    return random.standard_normal((5, 24, 24)) + masks, masks
+
+
+@pytest.mark.parametrize("max_fpr", [0.05, 0.3, 1.0])
+def test_au_pro_equals_brute_force(maps_and_masks, max_fpr):
+    maps, masks = maps_and_masks
+    expected = brute_force_au_pro(maps, masks, max_fpr)
+    assert common.au_pro(maps, masks, max_fpr) == pytest.approx(expected, abs=1e-9)
+
+
+def test_au_pro_with_ties(maps_and_masks):
+    maps, masks = maps_and_masks
+    maps = maps.round()
+    assert common.au_pro(maps, masks) == pytest.approx(brute_force_au_pro(maps, masks, 0.3))
+
+
+def test_au_pro_counts_regions_not_pixels():
+    """A region of one pixel, found, weighs as much as one of a hundred, missed."""
+    mask = np.zeros((1, 40, 40), dtype=bool)
+    mask[0, 0, 0] = mask[0, 20:30, 20:30] = True
+    found = np.zeros((1, 40, 40))
+    found[0, 0, 0] = 1
+    assert common.au_pro(found, mask, 1e-9) == pytest.approx(0.5)
+
+
+def test_regions_touch_at_corners_but_not_across_images():
+    mask = np.zeros((2, 4, 4), dtype=bool)
+    mask[:, 1, 1] = mask[0, 2, 2] = True
+    maps = np.zeros((2, 4, 4))
+    maps[0, 1, 1] = 1  # half of the first image's region; the second's is missed
+    assert common.au_pro(maps, mask, 1e-9) == pytest.approx(0.25)
+
+
+def test_image_and_pixel_auroc_equal_scikit_learn(maps_and_masks):
+    maps, masks = maps_and_masks
+    expected = roc_auc_score(masks.ravel(), maps.ravel())
+    assert common.pixel_auroc(torch.from_numpy(maps), torch.from_numpy(masks)) == expected
+    scores, labels = maps.max((1, 2)), masks.any((1, 2))
+    assert common.image_auroc(scores, labels) == roc_auc_score(labels, scores)
+    assert common.image_auroc([3, 1, 2], [True, False, True]) == 1.0
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_metrics_of_one_class_are_none(value):
+    masks = np.full((2, 8, 8), value)
+    assert common.image_auroc(np.arange(2), masks[:, 0, 0]) is None
+    assert common.pixel_auroc(np.zeros((2, 8, 8)), masks) is None
+    assert common.au_pro(np.zeros((2, 8, 8)), masks) is None
+
+
+def test_conformal_quantile_by_hand():
+    scores = torch.arange(1.0, 20.0)  # 19 normal images: the rank is ceil(20 * (1 - rate))
+    assert common.conformal_quantile(scores, 0.05) == 19
+    assert common.conformal_quantile(scores, 0.10) == 18
+    assert common.conformal_quantile(scores, 0.50) == 10
+    assert common.conformal_quantile(scores, 0.01) == 19  # too few: the largest has to do
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1])
+def test_conformal_threshold_keeps_the_rate_on_new_normals(rate):
+    random = np.random.default_rng(0)
+    rates = []
+    for _ in range(2000):
+        threshold = common.conformal_quantile(random.gamma(2, size=50), rate)
+        rates.append((random.gamma(2, size=200) > threshold).mean())
+    assert rate - 1 / 51 <= np.mean(rates) <= rate
+
+
+def test_calibration_warns_of_too_few_normals(capsys):
+    options = argparse.Namespace(false_alarm_rate=0.05)
+    model = {"normal_scores": torch.arange(6.0), "normal_peaks": None}
+    common.calibrate(options, model)
+    assert "takes 19 normal images" in capsys.readouterr().err
+    assert options.threshold == 5
+    model["normal_scores"] = torch.arange(19.0)
+    common.calibrate(options, model)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,125 @@
+"""nearest_neighbors against scikit-learn in float64, and everything it promises about its input."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+
+import common
+
+
+def reference(queries, bank, k):
+    model = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(bank.double().numpy())
+    return model.kneighbors(queries.double().numpy())
+
+
+def check(queries, bank, k):
+    distances, indices = common.nearest_neighbors(queries, bank, k)
+    expected, neighbors = reference(queries, bank, k)
+    assert distances.dtype == torch.float32
+    assert indices.dtype == torch.int64
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=2e-6, atol=1e-6)
+    np.testing.assert_array_equal(indices.numpy(), neighbors)
+
+
+@pytest.mark.parametrize("k", [1, 2, 9, 40])
+@pytest.mark.parametrize(
+    ("queries", "rows", "columns"), [(5, 40, 3), (1100, 5000, 64), (1, 513, 1536)]
+)
+def test_equals_scikit_learn(generator, queries, rows, columns, k):
+    bank = torch.randn(rows, columns, generator=generator)
+    check(torch.randn(queries, columns, generator=generator), bank, k)
+
+
+def test_k_up_to_the_size_of_the_bank(generator):
+    check(torch.randn(7, 8, generator=generator), torch.randn(60, 8, generator=generator), 60)
+
+
+def test_far_from_the_origin(generator):
+    """|b|^2 - 2 q.b loses all its digits here: the answer must come from the second look."""
+    bank = torch.randn(3000, 32, generator=generator) + 1000
+    check(bank[::100] + 0.01 * torch.randn(30, 32, generator=generator), bank, 5)
+
+
+def test_a_row_of_the_bank_is_at_distance_zero(generator):
+    bank = 100 * torch.randn(2000, 256, generator=generator) + 500
+    distances, indices = common.nearest_neighbors(bank[700:900], bank, 3)
+    assert (distances[:, 0] == 0).all()
+    assert indices[:, 0].tolist() == list(range(700, 900))
+
+
+def test_near_duplicates_are_told_apart(generator):
+    """Against direct differences: scikit-learn's own float64 products lose digits here."""
+    point = 30 * torch.randn(1, 512, generator=generator)
+    bank = point + torch.randn(200, 512, generator=generator) * torch.logspace(0, -4, 200)[:, None]
+    distances, indices = common.nearest_neighbors(point, bank, 200)
+    expected = (bank.double() - point.double()).square().sum(1).sqrt().sort()
+    np.testing.assert_allclose(distances[0].numpy(), expected.values.numpy(), rtol=1e-6)
+    assert indices[0].tolist() == expected.indices.tolist()
+
+
+def test_equal_distances_go_to_the_lowest_index():
+    bank = torch.ones(3000, 4)
+    _, indices = common.nearest_neighbors(torch.zeros(2, 4), bank, 3)
+    distances, _ = common.nearest_neighbors(bank[:1], bank, 3)
+    assert (distances == 0).all()
+    assert indices.shape == (2, 3)
+    few = torch.ones(6, 4)
+    assert common.nearest_neighbors(few[:1], few, 6)[1].tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_no_queries():
+    distances, indices = common.nearest_neighbors(torch.empty(0, 5), torch.ones(9, 5), 2)
+    assert distances.shape == indices.shape == (0, 2)
+
+
+def test_strides_do_not_matter(generator):
+    queries, bank = (
+        torch.randn(16, 2, 30, generator=generator),
+        torch.randn(16, 700, generator=generator),
+    )
+    check(queries[:, 1].T, bank.T, 4)
+
+
+def test_memory_is_bounded():
+    """All distances at once would be 480 MB; the search may take a tenth of that."""
+    code = """
+import resource, torch, common
+queries, bank = torch.randn(2000, 64), torch.randn(60_000, 64)
+common.nearest_neighbors(queries[:9], bank[:99], 3)  # loads what loads late
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+common.nearest_neighbors(queries, bank, 3)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    root = Path(common.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
+    kilobytes = int(done.stdout) / (1024 if sys.platform == "darwin" else 1)
+    assert kilobytes < 48_000
+
+
+@pytest.mark.parametrize(
+    ("queries", "bank", "k", "message"),
+    [
+        (torch.ones(2, 3), torch.ones(4, 3), 0, "k is 0: expected 1 to 4"),
+        (torch.ones(2, 3), torch.ones(4, 3), 5, "k is 5: expected 1 to 4"),
+        (torch.ones(2, 3), torch.ones(4, 2), 1, "3 columns, the bank 2"),
+        (torch.ones(2, 3).double(), torch.ones(4, 3), 1, "queries: expected 2-D float32"),
+        (torch.ones(2, 3), torch.ones(4), 1, "bank: expected 2-D float32"),
+        (torch.tensor([[0.0, 1], [2, torch.nan]]), torch.ones(4, 2), 1, "nan at row 1, column 1"),
+        (torch.ones(2, 2), torch.tensor([[0.0, -torch.inf]]), 1, "bank: -inf at row 0, column 1"),
+    ],
+)
+def test_refuses_what_it_cannot_search(queries, bank, k, message):
+    with pytest.raises(ValueError, match=message):
+        common.nearest_neighbors(queries, bank, k)
+
+
+def test_refuses_a_backend_it_does_not_have():
+    with pytest.raises(ValueError, match="backend is 'faiss'"):
+        common.nearest_neighbors(torch.ones(1, 2), torch.ones(1, 2), 1, "faiss")
+    with pytest.raises(ValueError, match="backend cupy: needs CuPy and CUDA tensors, got cpu"):
+        common.nearest_neighbors(torch.ones(1, 2), torch.ones(1, 2), 1, "cupy")
