@@ -75,7 +75,7 @@ def fit(resnet, pixels: torch.Tensor, options) -> dict:
         projected = patches.to(options.device)
         if channels > 128:
             projection = GaussianRandomProjection(128, random_state=options.seed)
-            matrix = projection.fit(np.empty((1, channels), np.float32)).components_
+            matrix = projection.fit(np.zeros((1, channels), np.float32)).components_
             projected = projected @ torch.from_numpy(matrix.T).to(projected)  # (N * h * w, 128)
         chosen = common.greedy_coreset(projected, size, options.seed, options.backend)
     with common.stage("threshold"):

@@ -1,0 +1,424 @@
+"""The command line as its user meets it: what a run leaves, and what a wrong one says."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, SCRIPTS, SMALL
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+METHODS = list(SCRIPTS)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No weights in the cache, and nothing that answers at the other end."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+def read_scores(path):
+    with open(path) as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_tables_files_and_figures(method, run_script, pill, tmp_path):
+    code, out, err = run_script(method, "--data", pill, *SMALL, *QUICK[method])
+    assert code == 0
+    assert "Traceback" not in err
+    folder = tmp_path / "results" / method
+    metrics = json.loads((folder / "metrics.json").read_text())
+    scores = read_scores(folder / "scores.csv")
+    assert len(scores) == 10
+    labels = [row["label"] == "defect" for row in scores.values()]
+    expected = roc_auc_score(labels, [float(row["score"]) for row in scores.values()])
+    assert metrics["image_auroc"] == pytest.approx(expected)
+    assert (metrics["pixel_auroc"] is None) == (metrics["au_pro"] is None) == (method == "knn")
+    assert set(metrics["per_defect"]) == {p.name for p in (pill / "test").iterdir()} - {"good"}
+    threshold = metrics["threshold"]
+    reported = [p for p, row in scores.items() if float(row["score"]) > threshold["score"]]
+    assert [p for p, row in scores.items() if row["predicted"] == "defect"] == reported
+    assert threshold["detected"] + threshold["false_alarms"] == len(reported)
+    assert threshold["normal_images"] == 3
+    figures = {"examples.png", "scores.png", "strip.png", "truth.png"}
+    figures |= {"patchcore": {"coreset.png"}, "knn": set()}.get(method, {"loss.png"})
+    assert {p.name for p in folder.iterdir()} == {"metrics.json", "scores.csv", *figures}
+    for name in figures:
+        assert np.asarray(Image.open(folder / name)).std() > 5
+    for text in ("defect type", "crack", "all methods so far", "seconds: decode"):
+        assert text in out
+    weights = "no pretrained weights" if method == "autoencoder" else "random weights"
+    assert f"{method} on {pill}, {weights}" in out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_scores(method, run_script, pill, tmp_path):
+    written = []
+    for seed in (0, 0, 1):
+        arguments = ["--data", pill, *SMALL, *QUICK[method], "--seed", seed]
+        assert run_script(method, *arguments)[0] == 0
+        written.append((tmp_path / "results" / method / "scores.csv").read_bytes())
+    assert written[0] == written[1] != written[2]
+
+
+def test_methods_stand_in_one_table_if_data_and_weights_are_the_same(run_script, pill, tmp_path):
+    def table(out):
+        return [line.split()[0] for line in out.split("all methods so far")[1].split("\n")[2:-3]]
+
+    for method in METHODS:
+        code, out, _ = run_script(method, "--data", pill, *SMALL, *QUICK[method])
+    assert table(out) == METHODS
+    picture = Image.open(tmp_path / "results" / "methods.png")
+    assert picture.height > 500
+    _, out, _ = run_script("knn", "--data", pill, *SMALL, *QUICK["knn"], "--seed", "1")
+    assert table(out) == ["autoencoder", "knn"]  # other random weights: not comparable
+    (pill / "test" / "good" / "000.png").unlink()
+    _, out, _ = run_script("patchcore", "--data", pill, *SMALL, *QUICK["patchcore"])
+    assert table(out) == ["patchcore"]  # other images
+    assert code == 0
+
+
+def test_the_demo_runs_without_data_and_without_network(
+    run_script, offline, tmp_path, original_pill
+):
+    shutil.copytree(original_pill, tmp_path / "synthetic_pill")
+    code, out, err = run_script("knn", *SMALL[2:], "--neighbors", "3")
+    assert code == 0
+    assert err.count("RANDOM WEIGHTS") == 1
+    assert "knn on synthetic_pill, random weights" in out
+
+
+def test_the_practice_pill_is_drawn_once(run_script, tmp_path, monkeypatch, scripts):
+    monkeypatch.setattr("common.draw_practice_pill.__defaults__", (0, 6, 2, 1))
+    for _ in range(2):
+        assert run_script("knn", *SMALL, "--neighbors", "3")[0] == 0
+    assert len(list((tmp_path / "synthetic_pill").rglob("*.png"))) == 6 + 2 + 7 + 7
+
+
+def test_images_of_every_mode_are_read(run_script, pill, tmp_path):
+    names = sorted((pill / "train" / "good").iterdir())
+    for name, mode in zip(names, ["L", "RGBA", "P", "1", "LA", "I;16"], strict=False):
+        image = Image.open(name)
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        elif mode == "P":
+            image = image.quantize()
+        else:
+            image = image.convert(mode)
+        image.save(name)
+    Image.open(names[6]).convert("CMYK").save(names[6].with_suffix(".tif"))
+    names[6].unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(names[7]).save(names[7], exif=exif)
+    code, _, err = run_script("knn", "--data", pill, *SMALL, "--neighbors", "3")
+    assert (code, err.count("\n")) == (0, 1)  # the one warning: few normal images
+    metrics = json.loads((tmp_path / "results/knn/metrics.json").read_text())
+    assert metrics["settings"]["crop"] == 64
+
+
+# ---------------------------------------------------------------- metrics that cannot be computed
+
+
+@pytest.mark.parametrize("missing", ["good", "defects"])
+def test_a_test_set_of_one_kind_has_null_metrics(run_script, pill, tmp_path, missing):
+    for folder in (pill / "test").iterdir():
+        if (folder.name == "good") == (missing == "good"):
+            shutil.rmtree(folder)
+    code, out, err = run_script("patchcore", "--data", pill, *SMALL, *QUICK["patchcore"])
+    assert code == 0
+    assert "image AUROC is null" in err
+    metrics = json.loads((tmp_path / "results/patchcore/metrics.json").read_text())
+    assert metrics["image_auroc"] is None
+    assert (metrics["pixel_auroc"] is None) == (missing == "defects")
+    assert metrics["threshold"]["oracle"] is None
+    assert "defect type" in out
+
+
+def test_without_ground_truth_only_pixel_metrics_are_null(run_script, pill, tmp_path):
+    shutil.rmtree(pill / "ground_truth")
+    code, _, err = run_script("patchcore", "--data", pill, *SMALL, *QUICK["patchcore"])
+    assert code == 0
+    assert "pixel metrics will be null" in err
+    metrics = json.loads((tmp_path / "results/patchcore/metrics.json").read_text())
+    assert metrics["pixel_auroc"] is metrics["au_pro"] is None
+    assert metrics["image_auroc"] is not None
+
+
+def test_normal_images_alone_are_enough_to_fit(run_script, pill, tmp_path):
+    shutil.rmtree(pill / "test")
+    arguments = ["--data", pill, *SMALL, "--neighbors", "3", "--save", "model.pt"]
+    code, out, err = run_script("knn", *arguments)
+    assert (code, out) == (0, "")
+    assert "nothing to evaluate on" in err
+    assert (tmp_path / "model.pt").exists()
+
+
+# ---------------------------------------------------------------- save, load, predict
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loaded_model_gives_the_same_bits(method, run_script, pill, tmp_path):
+    arguments = ["--data", pill, *SMALL, *QUICK[method], "--save", "model.pt"]
+    assert run_script(method, *arguments)[0] == 0
+    folder = tmp_path / "results" / method
+    fitted = read_scores(folder / "scores.csv")
+    code, out, _ = run_script(method, "--load", "model.pt", "--predict", pill / "test")
+    assert code == 0
+    rows = {row[0]: row[1:] for row in csv.reader(out.splitlines())}
+    assert rows == {path: [row["score"], row["predicted"]] for path, row in fitted.items()}
+    pictures = list((folder / "predictions").rglob("*.png"))
+    assert len(pictures) == 10
+    assert Image.open(pictures[0]).width > Image.open(pictures[0]).height
+    # Evaluating the loaded model on the test set is the same run again.
+    before = (folder / "scores.csv").read_bytes()
+    assert run_script(method, "--load", "model.pt", "--data", pill)[0] == 0
+    assert (folder / "scores.csv").read_bytes() == before
+    # One photo at a time, whatever its name.
+    photo = tmp_path / "a photo, of mine.png"
+    shutil.copy(pill / "test" / "crack" / "000.png", photo)
+    _, out, _ = run_script(method, "--load", "model.pt", "--predict", photo)
+    ((path, score, _verdict),) = csv.reader(out.splitlines())
+    assert path == str(photo)
+    assert float(score) == pytest.approx(
+        float(fitted[str(pill / "test" / "crack" / "000.png")]["score"]), rel=1e-5
+    )
+
+
+def test_a_broken_photo_is_reported_and_the_others_go_on(run_script, pill, tmp_path):
+    arguments = ["--data", pill, *SMALL, "--neighbors", "3", "--predict", tmp_path / "photos"]
+    shutil.copytree(pill / "test" / "good", tmp_path / "photos" / "deep" / "er")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "photos" / "notes.txt").write_text("passed over")
+    code, out, err = run_script("knn", *arguments, "--batch-size", "2")
+    assert code == 1
+    assert len(out.splitlines()) == 3  # the tables go to stderr, so that stdout pipes
+    assert "broken.jpg: cannot be read as an image" in err
+    assert "judged 3 images, 1 broken" in err
+
+
+@pytest.fixture
+def model_file(run_script, pill, tmp_path):
+    assert run_script("knn", "--data", pill, *SMALL, "--neighbors", "3", "--save", "m.pt")[0] == 0
+    return tmp_path / "m.pt"
+
+
+def altered(change):
+    def alter(path):
+        model = torch.load(path, weights_only=True)
+        change(model)
+        torch.save(model, path)
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda path: path.unlink(), "m.pt: no such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged or foreign file"),
+        (lambda path: path.write_text("hello"), "damaged or foreign file"),
+        (lambda path: torch.save({"a": 1}, path), "not a saved model"),
+        (lambda path: torch.save([1], path), "holds a list"),
+        (altered(lambda m: m.update(method="dfr")), "method is 'dfr', expected 'knn'"),
+        (altered(lambda m: m.update(format="older")), "format is 'older'"),
+        (altered(lambda m: m["settings"].update(fingerprint="x")), "not the weights that m.pt was"),
+    ],
+)
+def test_a_wrong_model_file_is_refused(run_script, model_file, pill, alter, message):
+    alter(model_file)
+    code, out, err = run_script("knn", "--load", "m.pt", "--predict", pill)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_options_that_contradict_the_model_are_refused(run_script, model_file, pill):
+    code, _, err = run_script("knn", "--load", "m.pt", "--data", pill, "--neighbors", "4")
+    assert code == 2
+    assert "--neighbors 4: m.pt was fitted with 3" in err
+    code, _, err = run_script(
+        "knn", "--load", "m.pt", "--data", pill, "--seed", "0", "--crop", "64"
+    )
+    assert code == 0  # the same as fitted: no contradiction
+    assert run_script("knn", "--load", "m.pt", "--save", "n.pt")[0] == 2
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def resized(path, size):
+    Image.open(path).resize(size).save(path)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+BAD_DATA = {
+    "folder missing": (shutil.rmtree, "no such folder"),
+    "folder empty": (empty, "found an empty folder"),
+    "not in the layout": (lambda p: (p / "train").rename(p / "training"), "'training'"),
+    "no training images": (lambda p: empty(p / "train/good"), "train/good: holds no image"),
+    "one training image": (
+        lambda p: [f.unlink() for f in sorted((p / "train/good").iterdir())[1:]],
+        "holds one image, expected at least 2",
+    ),
+    "truncated image": (
+        lambda p: truncated(p / "test/color/000.png"),
+        "test/color/000.png: cannot",
+    ),
+    "no image at all": (
+        lambda p: (p / "train/good/003.png").write_text("x"),
+        "good/003.png: cannot",
+    ),
+    "empty file": (lambda p: (p / "train/good/003.png").write_bytes(b""), "good/003.png: cannot"),
+    "mask missing": (
+        lambda p: (p / "ground_truth/crack/000_mask.png").unlink(),
+        "test/crack/000.png: has no mask: expected",
+    ),
+    "mask of another size": (
+        lambda p: resized(p / "ground_truth/crack/000_mask.png", (64, 80)),
+        "crack/000_mask.png: is 64 x 80, but its image",
+    ),
+    "truncated mask": (
+        lambda p: (p / "ground_truth/crack/000_mask.png").write_bytes(b"\x89PNG"),
+        "000_mask.png: cannot be read",
+    ),
+    "image smaller than the crop": (
+        lambda p: resized(p / "train/good/002.png", (90, 60)),
+        "train/good/002.png: is 90 x 60, smaller than --crop 64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_named_in_one_line(run_script, pill, tmp_path, case):
+    damage, message = BAD_DATA[case]
+    damage(pill)
+    code, out, err = run_script("patchcore", "--data", pill, *SMALL)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+BAD_OPTIONS = {
+    "coreset zero": ("patchcore", ["--coreset", "0"], "0: expected more than 0 and at most 1"),
+    "coreset above one": ("patchcore", ["--coreset", "1.5"], "--coreset: 1.5: expected more"),
+    "coreset no number": ("patchcore", ["--coreset", "many"], "invalid number value: 'many'"),
+    "coreset nan": ("patchcore", ["--coreset", "nan"], "--coreset: nan: expected"),
+    "no neighbors": ("patchcore", ["--neighbors", "0"], "--neighbors: 0: expected at least 1"),
+    "neighbors above the bank": ("patchcore", ["--neighbors", "9999"], "the memory bank holds 51"),
+    "neighbors above the images": ("knn", ["--neighbors", "8"], "there are 8 normal images"),
+    "unknown layer": ("patchcore", ["--layers", "layer9"], "invalid choice: 'layer9'"),
+    "no layer": ("dfr", ["--layers"], "--layers: expected at least one argument"),
+    "unknown option": ("knn", ["--nieghbors", "3"], "unrecognized arguments: --nieghbors"),
+    "unknown backbone": ("knn", ["--backbone", "vgg16"], "invalid choice: 'vgg16'"),
+    "unknown device": ("knn", ["--device", "tpu"], "invalid choice: 'tpu'"),
+    "cupy without a GPU": ("knn", ["--device", "cpu", "--backend", "cupy"], "cupy: needs an"),
+    "crop above resize": ("knn", ["--crop", "128"], "--crop 128: expected at most --resize 64"),
+    "tiny resize": ("knn", ["--resize", "8"], "--resize: 8: expected at least 32"),
+    "no batch": ("knn", ["--batch-size", "0"], "--batch-size: 0: expected at least 1"),
+    "negative seed": ("knn", ["--seed", "-1"], "--seed: -1: expected at least 0"),
+    "seed no number": ("knn", ["--seed", "x"], "invalid whole number value: 'x'"),
+    "rate zero": ("knn", ["--false-alarm-rate", "0"], "--false-alarm-rate: 0: expected"),
+    "rate above half": ("knn", ["--false-alarm-rate", "0.9"], "at most 0.5"),
+    "weights missing": ("knn", ["--weights", "none.pth"], "no such file: expected imagenet"),
+    "weights damaged": ("knn", ["--weights", __file__], "damaged or foreign file"),
+    "out is a file": ("knn", ["--out", "file.txt"], "--out: file.txt/knn cannot be written to"),
+    "save is a folder": ("knn", ["--save", "folder"], "--save folder: is a folder"),
+    "save below a file": ("knn", ["--save", "file.txt/m.pt"], "--save: file.txt cannot be written"),
+    "load missing": ("knn", ["--load", "none.pt"], "--load none.pt: no such file"),
+    "predict missing": ("knn", ["--predict", "none"], "--predict none: no such file or folder"),
+    "predict empty": ("knn", ["--predict", "folder"], "--predict folder: holds no image"),
+    "no steps": ("autoencoder", ["--steps", "0"], "--steps: 0: expected at least 2"),
+    "no latent": ("autoencoder", ["--latent", "0"], "--latent: 0: expected at least 1"),
+    "rate that explodes": ("dfr", ["--steps", "40", "--learning-rate", "1e30"], "lower the rate"),
+    "loss that is not finite": (
+        "autoencoder", ["--steps", "40", "--learning-rate", "1e38"], "lower the rate"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options_are_named_in_one_line(run_script, pill, tmp_path, case):
+    method, arguments, message = BAD_OPTIONS[case]
+    (tmp_path / "file.txt").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    shutil.rmtree(pill / "test")  # nothing to evaluate: the error must come all the same
+    quick = ["--neighbors", "3"] if method == "knn" else []
+    code, _, err = run_script(method, "--data", pill, *SMALL, *quick, *arguments)
+    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert code == 2
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert (tmp_path / "file.txt").read_text() == "precious"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(run_script, pill):
+    code, _, err = run_script("patchcore", "--data", pill, *SMALL, "--device", "cuda")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--device cuda: not available here: use --device cpu" in err
+
+
+def test_no_weights_to_be_had_is_an_error_with_own_data(run_script, pill, offline):
+    code, _, err = run_script("patchcore", "--data", pill, *SMALL[2:])
+    assert code == 2
+    line = err.splitlines()[-1]
+    assert line.startswith("error: --weights imagenet: download failed")
+    assert "--weights FILE.pth" in line
+    assert "--weights random" in line
+
+
+# ---------------------------------------------------------------- as a process of its own
+
+
+def start(method, *arguments, **settings):
+    command = [sys.executable, str(SCRIPTS[method]), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, **settings)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c_leaves_nothing_half_written(pill, tmp_path):
+    process = start(
+        "autoencoder", "--data", pill, "--steps", "100000", "--save", "m.pt", cwd=tmp_path
+    )
+    while not (tmp_path / "results").exists():  # options are read, work begins
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert [p for p in tmp_path.rglob("*") if p.is_file() and pill not in p.parents] == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell's pipes")
+def test_a_closed_pipe_is_no_error(pill, model_file, tmp_path):
+    process = start(
+        "knn", "--load", model_file, "--predict", pill, "--batch-size", "1", cwd=tmp_path
+    )
+    process.stdout.close()  # as `| head -0` would
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(60) == 141

@@ -1,0 +1,136 @@
+"""Images of every kind, geometry of images and masks, and the practice pill."""
+
+import argparse
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+import common
+
+
+@pytest.fixture
+def gradient():
+    """(40, 60, 3) uint8: no two corners alike."""
+    y, x = np.mgrid[:40, :60]
+    return np.stack([4 * x, 6 * y, 2 * (x + y)], axis=2).astype(np.uint8)
+
+
+def saved(path, image, **settings):
+    image.save(path, **settings)
+    return np.asarray(common.read_image(path))
+
+
+def test_color_modes_are_read_as_rgb(tmp_path, gradient):
+    rgb = Image.fromarray(gradient)
+    np.testing.assert_array_equal(saved(tmp_path / "a.png", rgb), gradient)
+    gray = saved(tmp_path / "b.png", rgb.convert("L"))
+    np.testing.assert_array_equal(gray, np.asarray(rgb.convert("L").convert("RGB")))
+    palette = saved(tmp_path / "c.png", rgb.quantize(200))
+    assert np.abs(palette.astype(int) - gradient).mean() < 6
+    cmyk = saved(tmp_path / "d.tif", rgb.convert("CMYK"))
+    assert np.abs(cmyk.astype(int) - gradient).max() <= 1
+    bilevel = saved(tmp_path / "e.png", rgb.convert("1"))
+    assert set(np.unique(bilevel)) == {0, 255}
+
+
+def test_transparency_is_shown_on_white(tmp_path, gradient):
+    alpha = np.zeros((40, 60, 1), np.uint8)
+    alpha[:, :30] = 255
+    found = saved(tmp_path / "a.png", Image.fromarray(np.dstack([gradient, alpha])))
+    np.testing.assert_array_equal(found[:, :30], gradient[:, :30])
+    assert (found[:, 30:] == 255).all()
+
+
+def test_16_bits_keep_their_upper_8(tmp_path):
+    values = np.linspace(0, 65535, 2400).reshape(40, 60).astype(np.uint16)
+    found = saved(tmp_path / "a.png", Image.fromarray(values))
+    np.testing.assert_array_equal(found[..., 0], values >> 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_the_image_upright(tmp_path, gradient, orientation):
+    upright = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+               5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),
+               7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: np.rot90}  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = saved(tmp_path / "a.png", Image.fromarray(gradient), exif=exif)
+    np.testing.assert_array_equal(found, upright[orientation](gradient))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_32_bits_are_refused(tmp_path, mode):
+    array = np.full((9, 9), 70000, np.int32 if mode == "I" else np.float32)
+    Image.fromarray(array).save(tmp_path / "a.tif")
+    with pytest.raises(common.UserError, match=r"a\.tif: cannot be read as an image .*expected 8"):
+        common.read_image(tmp_path / "a.tif")
+
+
+def test_masks_of_any_mode_are_nonzero_where_defective(tmp_path):
+    mask = np.zeros((20, 20), bool)
+    mask[5:9, 3:7] = True
+    for name, image in {
+        "a.png": Image.fromarray(np.uint8(255 * mask)),
+        "b.png": Image.fromarray(np.uint8(mask)),  # 0 and 1
+        "c.png": Image.fromarray(mask),
+        "d.png": Image.fromarray(np.uint8(255 * mask)).convert("RGBA"),
+        "e.png": Image.fromarray(np.uint16(300 * mask)),
+    }.items():
+        image.save(tmp_path / name)
+        found = common.read_image(tmp_path / name, is_mask=True)
+        np.testing.assert_array_equal(np.asarray(found) > 0, mask)
+
+
+@pytest.mark.parametrize("size", [(300, 260), (260, 300), (256, 256)])
+def test_image_and_mask_go_through_the_same_geometry(size):
+    options = argparse.Namespace(resize=256, crop=224)
+    square = np.zeros(size[::-1], np.uint8)
+    square[100:160, 90:170] = 255
+    mask = common.prepare(Image.fromarray(square), options, is_mask=True)[0]
+    image = common.prepare(Image.fromarray(square).convert("RGB"), options)
+    assert image.shape == (3, 224, 224)
+    assert set(mask.unique().tolist()) == {0, 255}
+    assert ((mask > 0) ^ (image[0] > 127)).sum() < 0.02 * (mask > 0).sum()
+    steps = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    expected = np.asarray(steps(Image.fromarray(square).convert("RGB")))
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
+
+
+def test_practice_pill_layout_and_masks(original_pill):
+    assert len(list((original_pill / "train/good").glob("*.png"))) == 8
+    for defect in common.DEFECTS:
+        image = Image.open(original_pill / "test" / defect / "000.png")
+        mask = np.asarray(Image.open(original_pill / "ground_truth" / defect / "000_mask.png"))
+        assert image.size == mask.shape[::-1] == (320, 320)
+        assert 0.0005 < (mask > 0).mean() < 0.4
+
+
+def test_practice_pill_follows_its_seed(tmp_path, original_pill):
+    def fingerprint(folder):
+        files = sorted(folder.rglob("*.png"))
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+    for name, seed in [("again", 1), ("other", 2)]:
+        common.draw_practice_pill(tmp_path / name, seed, train=8, good=3, per_defect=1)
+    assert fingerprint(tmp_path / "again") == fingerprint(original_pill)
+    assert fingerprint(tmp_path / "other") != fingerprint(original_pill)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_practice_pill_is_neither_trivial_nor_impossible(tmp_path):
+    """The distance to the mean normal image sees something, but far from all."""
+    common.draw_practice_pill(tmp_path / "pill", train=30, good=15, per_defect=4)
+    options = argparse.Namespace(
+        data=tmp_path / "pill", resize=256, crop=224, load=None, predict=None
+    )
+    train, test = common.load_data(options)
+    mean = train.pixels.float().mean(0)
+    errors = (test.pixels.float() - mean).square().mean(1)
+    scores = errors.mean((1, 2)).numpy()
+    assert 0.4 < common.image_auroc(scores, test.labels) < 0.9
+    assert 0.5 < common.pixel_auroc(errors, test.masks) < 0.95
+    assert torch.equal(test.masks.any(2).any(1), torch.from_numpy(test.labels))

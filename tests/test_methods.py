@@ -1,0 +1,200 @@
+"""Each method's own mathematics: shapes, equations by hand, scikit-learn as the reference."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from sklearn.neighbors import NearestNeighbors
+
+import common
+
+
+def options(**changes):
+    settings = {"weights": "random", "backbone": "resnet18", "device": "cpu", "seed": 0}
+    settings |= {"batch_size": 4, "load": None, "save": None, "method": "test", "crop": 64}
+    settings |= {"backend": "auto", "layers": ["layer2", "layer3"], "neighbors": 3, "coreset": 0.2}
+    settings |= {"steps": 30, "learning_rate": 2e-3, "latent": 8}
+    return argparse.Namespace(**settings | changes)
+
+
+@pytest.fixture
+def pixels(generator):
+    return torch.randint(256, (8, 3, 64, 64), generator=generator).byte()
+
+
+# ---------------------------------------------------------------- autoencoder
+
+
+def test_autoencoder_has_a_bottleneck_and_keeps_the_shape(scripts):
+    network = scripts["autoencoder"].build_autoencoder(latent=8)
+    images = torch.rand(2, 3, 112, 112)
+    widths = []
+    for layer in network:
+        images = layer(images)
+        widths.append(images[0].numel())
+    assert images.shape == (2, 3, 112, 112)
+    assert min(widths) == 8
+
+
+def test_autoencoder_score_is_the_mean_squared_error(scripts, pixels, tmp_path):
+    module, run = scripts["autoencoder"], options(out=tmp_path)
+    network = module.build_autoencoder(8).eval()
+    scores, maps, drawings = module.score(network, pixels, run)
+    images = module.shrink(pixels, "cpu")
+    with torch.no_grad():
+        expected = ((images - network(images)) ** 2).flatten(1).mean(1)
+    torch.testing.assert_close(scores, expected)
+    assert maps.shape == (8, 64, 64)
+    assert drawings.shape == (8, 112, 112, 3)
+
+
+def test_jitter_moves_little_and_keeps_a_flat_image(scripts):
+    flat = torch.full((4, 3, 112, 112), 0.3)
+    torch.testing.assert_close(scripts["autoencoder"].jitter(flat), flat)
+    dot = torch.zeros(50, 1, 112, 112)
+    dot[:, :, 20:23, 55:58] = 1
+    rows = scripts["autoencoder"].jitter(dot)[:, 0].flatten(1).argmax(1) // 112
+    assert (rows - 21).abs().max() <= 6
+    assert len(rows.unique()) > 1
+
+
+# ---------------------------------------------------------------- DFR
+
+
+def test_regional_features_by_hand(scripts):
+    fine, coarse = torch.rand(1, 2, 4, 4), torch.full((1, 3, 2, 2), 7.0)
+    features = scripts["dfr"].regional_features([fine, coarse])
+    assert features.shape == (1, 5, 4, 4)
+    torch.testing.assert_close(features[0, :2, 1, 2], fine[0, :, 0:3, 1:4].mean((1, 2)))
+    torch.testing.assert_close(features[0, :2, 0, 0], fine[0, :, :2, :2].mean((1, 2)))
+    assert (features[0, 2:] == 7).all()
+
+
+def test_latent_size_equals_scikit_learn(scripts, generator):
+    features = torch.randn(500, 40, generator=generator) * torch.arange(1.0, 41)
+    assert scripts["dfr"].latent_size(features) == PCA(0.9).fit(features.numpy()).n_components_
+
+
+def test_dfr_autoencoder_widths(scripts):
+    network = scripts["dfr"].build_autoencoder(channels=100, d=6)
+    convolutions = [layer for layer in network if isinstance(layer, torch.nn.Conv2d)]
+    assert [c.out_channels for c in convolutions] == [56, 12, 6, 12, 56, 100]
+    assert {c.kernel_size for c in convolutions} == {(1, 1)}
+    assert network(torch.rand(2, 100, 5, 5)).shape == (2, 100, 5, 5)
+
+
+def test_dfr_map_is_the_squared_error_of_standardized_features(scripts):
+    network = torch.nn.Conv2d(3, 3, 1, bias=False)
+    torch.nn.init.zeros_(network.weight)  # reconstructs nothing: the error is the feature itself
+    state = {"mean": torch.tensor([1.0, 2, 3]), "deviation": torch.tensor([1.0, 2, 4])}
+    features = torch.tensor([3.0, 6, 11]).view(1, 3, 1, 1).expand(2, 3, 8, 8)  # (x - m) / s = 2
+    scores, maps = scripts["dfr"].score(network, state, [features], options())
+    torch.testing.assert_close(scores, torch.full((2,), 4.0))
+    torch.testing.assert_close(maps, torch.full((2, 64, 64), 4.0))
+
+
+# ---------------------------------------------------------------- k-NN
+
+
+def test_knn_scores_equal_scikit_learn(scripts, pixels):
+    module, run = scripts["knn"], options()
+    resnet = common.load_resnet(run)
+    model = module.fit(resnet, pixels[:6], run)
+    bank = model["state"]["bank"]
+    assert bank.shape == (6, 512)
+    queries = module.describe(resnet, pixels, run, "")
+    reference = NearestNeighbors(n_neighbors=3).fit(bank.double().numpy())
+    expected = reference.kneighbors(queries.double().numpy())[0].mean(1)
+    found = module.score(resnet, model["state"], pixels, run)[0].mean(1)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-3)
+    # Leave one out: scikit-learn does so when it is asked about its own rows.
+    left_out = reference.kneighbors()[0].mean(1)
+    np.testing.assert_allclose(model["normal_scores"].numpy(), left_out, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- PatchCore
+
+
+def test_patch_features_by_hand(scripts):
+    fine, coarse = torch.rand(1, 2, 4, 4), torch.full((1, 3, 2, 2), 7.0)
+    features = scripts["patchcore"].patch_features([fine, coarse])
+    assert features.shape == (1, 4, 4, 5)
+    torch.testing.assert_close(features[0, 1, 2, :2], fine[0, :, 0:3, 1:4].mean((1, 2)))
+    assert (features[..., 2:] == 7).all()
+
+
+def test_equation_7_by_hand(scripts):
+    """Equations 6 and 7 with every number written out."""
+    bank = torch.tensor([[0.0], [1.0], [2.0], [-50.0]])
+    features = torch.tensor([[[[-3.0], [0.5]]]])  # (1, 1, 2, 1): the worst patch is -3, m* is 0
+    scores, distances = scripts["patchcore"].score_patches(features, bank, options(neighbors=3))
+    assert distances.tolist() == [[[3.0, 0.5]]]
+    # N_3(m*) = {0, 1, 2}, at distances 3, 4 and 5 from m_test.
+    weight = 1 - np.exp(3) / (np.exp(3) + np.exp(4) + np.exp(5))
+    assert scores.item() == pytest.approx(weight * 3, rel=1e-6)
+    plain, _ = scripts["patchcore"].score_patches(features, bank, options(neighbors=1))
+    assert plain.item() == 3
+
+
+def test_equation_7_takes_the_neighbors_of_m_star_not_of_m_test(scripts):
+    bank = torch.tensor([[0.0], [0.5], [-7.0]])
+    features = torch.tensor([[[[-3.0]]]])  # m* = 0; nearest to m_test next is 0.5, then -7
+    scores, _ = scripts["patchcore"].score_patches(features, bank, options(neighbors=2))
+    assert scores.item() == pytest.approx((1 - 1 / (1 + np.exp(0.5))) * 3, rel=1e-6)
+    bank[2] = -6.4  # nearer to m_test than 0.5 is, but not to m*: nothing changes
+    again, _ = scripts["patchcore"].score_patches(features, bank, options(neighbors=2))
+    assert again.item() == scores.item()
+
+
+def test_equation_7_does_not_overflow(scripts):
+    bank = torch.tensor([[0.0], [1.0], [5000.0]])
+    features = torch.tensor([[[[-1000.0]]]])
+    scores, _ = scripts["patchcore"].score_patches(features, bank, options(neighbors=3))
+    assert scores.item() == pytest.approx(1000, rel=1e-6)
+
+
+def test_leave_one_out_banks_hold_no_row_of_the_image_and_cover_the_rest(scripts, generator):
+    """Checked from the outside: every other patch is as near to the bank as the coreset's were."""
+    count, per_image = 12, 40
+    projected = torch.randn(count * per_image, 6, generator=generator)
+    chosen = common.greedy_coreset(projected, 60)
+    radius = torch.cdist(projected, projected[chosen]).amin(1).max()
+    owner = torch.arange(len(projected)) // per_image
+    banks = list(scripts["patchcore"].leave_one_out(projected, chosen, per_image, options()))
+    assert len(banks) == count
+    for image, rows in enumerate(banks):
+        assert (owner[rows] != image).all()
+        others = projected[owner != image]
+        assert torch.cdist(others, projected[rows]).amin(1).max() <= radius * (1 + 1e-5)
+        assert set(chosen[owner[chosen] != image].tolist()) <= set(rows.tolist())
+
+
+@pytest.mark.parametrize("method", ["autoencoder", "dfr", "knn", "patchcore"])
+def test_an_image_of_the_training_set_scores_lower_than_noise(scripts, method, tmp_path):
+    """Every method end to end on images that are alike, and one that is not."""
+    module, run = scripts[method], options(out=tmp_path, method=method)
+    base = torch.linspace(0, 200, 64).expand(12, 3, 64, 64)
+    normal = (
+        base + 20 * torch.rand(12, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    ).byte()
+    odd = normal[:1].clone()
+    odd[:, :, 20:44, 20:44] = 255 - odd[:, :, 20:44, 20:44]
+    resnet = common.load_resnet(run)
+    model = module.fit(normal, run) if method == "autoencoder" else module.fit(resnet, normal, run)
+    state, both = model["state"], torch.cat([normal[:1], odd])
+    if method == "autoencoder":
+        network = module.build_autoencoder(8).eval()
+        network.load_state_dict(state)
+        scores = module.score(network, both, run)[0]
+    elif method == "dfr":
+        network = module.build_autoencoder(len(state["mean"]), state["d"]).eval()
+        network.load_state_dict(state["weights"])
+        batches = common.extract(resnet, run.layers, both, run)
+        scores = module.score(network, state, map(module.regional_features, batches), run)[0]
+    else:
+        scores = module.score(resnet, state, both, run)[0]
+        scores = scores.mean(1) if method == "knn" else scores
+    assert scores[1] > scores[0]
+    assert len(model["normal_scores"]) == (12 if method in ("knn", "patchcore") else 1)
