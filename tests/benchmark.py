@@ -1,0 +1,248 @@
+"""How fast, against what: python tests/benchmark.py [--sampler DIR] [--only PART ...]
+
+Every figure is a median of interleaved runs in this process, as a ratio to a peer's, because a
+machine's seconds are its own. Not collected by pytest. Peers that are missing are left out.
+On a machine with an NVIDIA GPU the same parts run there, timed by device events.
+"""
+
+import argparse
+import importlib
+import itertools
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from sklearn.neighbors import NearestNeighbors
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+patchcore = importlib.import_module("04_patchcore")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seconds(function) -> float:
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def compare(title, functions: dict, repeat: int) -> dict:
+    """Medians in seconds by name; the first function is the one the others are compared to."""
+    times = {name: [] for name in functions}
+    for round in range(repeat + 1):
+        for name, function in functions.items():
+            spent = seconds(function)
+            if round:  # the first round warms up
+                times[name].append(spent)
+    medians = {name: statistics.median(spent) for name, spent in times.items()}
+    reference = next(iter(medians.values()))
+    print(f"\n{title}")
+    for name, median in medians.items():
+        spread = f"{min(times[name]):.3g} to {max(times[name]):.3g}"
+        print(f"  {name:42s} {median / reference:6.2f} x   {median:8.3g} s ({spread})", flush=True)
+    return medians
+
+
+def random_rows(rows, columns):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
+
+
+def matrix_product(queries, bank):
+    """The arithmetic that no exact search can do without, in blocks that stay in the cache."""
+    buffer = queries.new_empty(1024, 512) if DEVICE == "cpu" else queries.new_empty(4096, 8192)
+    for rows in bank.split(buffer.shape[1]):
+        for block in queries.split(buffer.shape[0]):
+            torch.mm(block, rows.T, out=buffer[: len(block), : len(rows)])
+
+
+def faiss_index(bank):
+    """A flat FAISS index of the bank on DEVICE; None where FAISS is not installed for it."""
+    try:
+        import faiss
+
+        index = faiss.IndexFlatL2(bank.shape[1])
+        if DEVICE == "cuda":
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    except (ImportError, AttributeError):
+        print("FAISS left out: pip install faiss-cpu (on a GPU: a build of it with CUDA)")
+        return None
+    index.add(bank.cpu().numpy())
+    return index
+
+
+def cdist_topk(queries, bank, k):
+    return torch.cdist(queries, bank).topk(k, largest=False)
+
+
+def benchmark_neighbors(options):
+    for rows in (16_384, 163_840) if DEVICE == "cpu" else (20_932, 209_328):
+        bank = random_rows(rows, 1536)
+        index = faiss_index(bank)
+        for count, k in itertools.product((784, 6_272), (1, 9)):
+            queries = random_rows(count, 1536)
+            host = queries.cpu().numpy()
+            functions = {"FAISS IndexFlatL2": partial(index.search, host, k)} if index else {}
+            functions["nearest_neighbors"] = partial(common.nearest_neighbors, queries, bank, k)
+            functions["the bare matrix product"] = partial(matrix_product, queries, bank)
+            if DEVICE == "cuda":
+                functions["nearest_neighbors, torch"] = partial(
+                    common.nearest_neighbors, queries, bank, k, "torch"
+                )
+            if DEVICE == "cuda" or count * rows < 2e7:  # the others take minutes beyond
+                functions["torch.cdist, topk"] = partial(cdist_topk, queries, bank, k)
+                brute = NearestNeighbors(algorithm="brute").fit(bank.cpu().numpy())
+                functions["scikit-learn brute"] = partial(brute.kneighbors, host, k)
+            compare(f"{count} queries, bank {rows} x 1536, k = {k}", functions, options.repeat)
+
+
+def benchmark_memory(_options):
+    code = """
+import resource, torch, common
+torch.manual_seed(0)
+queries, bank = torch.randn(6_272, 1536), torch.randn(163_840, 1536)
+common.nearest_neighbors(queries[:9], bank[:99], 9)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+common.nearest_neighbors(queries, bank, 9)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    print(f"\nmemory above the inputs, 6272 queries, 163840 rows: {float(done.stdout):.0f} MiB")
+
+
+def plain_greedy(rows, size):
+    """The obvious loop, preallocated: one pass over all rows per pick."""
+    distance = torch.full((len(rows),), torch.inf, device=rows.device)
+    difference, to_new = torch.empty_like(rows), torch.empty_like(distance)
+    picks = torch.zeros(size, dtype=torch.int64, device=rows.device)
+    for i in range(size):
+        if i:
+            picks[i] = distance.argmax()
+        torch.sub(rows, rows[picks[i]], out=difference)
+        torch.sum(difference.mul_(difference), dim=1, out=to_new)
+        torch.minimum(distance, to_new, out=distance)
+        distance[picks[i]] = -1
+    return picks
+
+
+def covering_radii(rows, picks, size=0):
+    """(size,) float64: how far the farthest row is after each pick; past `picks`, greedy ones."""
+    rows, picks, radii = rows.double(), list(picks), []
+    distance = torch.full((len(rows),), torch.inf, dtype=torch.float64)
+    for i in range(max(size, len(picks))):
+        pick = picks[i] if i < len(picks) else distance.argmax()
+        distance = torch.minimum(distance, (rows - rows[pick]).square().sum(1))
+        radii.append(distance.max().sqrt())
+    return torch.stack(radii)
+
+
+def practice_pill() -> Path:
+    folder = Path("synthetic_pill")
+    if not folder.exists():
+        common.draw_practice_pill(folder)
+    return folder
+
+
+def real_features(data, rows):
+    """(rows, 128) float32: projected patch features of a folder's normal images, random weights."""
+    options = argparse.Namespace(
+        data=data, resize=256, crop=224, load=None, predict=None, weights="random", seed=0,
+        backbone="resnet50", device=DEVICE, batch_size=16,
+    )  # fmt: skip
+    train, _ = common.load_data(options)
+    resnet = common.load_resnet(options)
+    batches = common.extract(resnet, ["layer2", "layer3"], train.pixels, options)
+    patches = torch.cat([patchcore.patch_features(outputs).flatten(0, 2) for outputs in batches])
+    projection = torch.randn(patches.shape[1], 128, generator=torch.Generator().manual_seed(0))
+    projected = patches @ projection.to(patches) / 128**0.5
+    return projected[torch.linspace(0, len(projected) - 1, rows).long()].contiguous()
+
+
+def benchmark_coreset(options):
+    count = 40_960 if DEVICE == "cpu" else 209_328
+    sets = {"isotropic Gaussian": random_rows(count, 128)}
+    for data in (practice_pill(), *options.data):
+        sets[f"features of {data.name}"] = real_features(data, count)
+    for name, rows in sets.items():
+        size = len(rows) // 10
+        functions = {}
+        if options.sampler:
+            sys.path.insert(0, str(options.sampler))
+            from patchcore.sampler import ApproximateGreedyCoresetSampler
+
+            sampler = ApproximateGreedyCoresetSampler(0.1, torch.device(DEVICE))
+            functions["the authors' approximate sampler"] = partial(sampler.run, rows)
+        else:
+            print("the authors' sampler left out: --sampler CHECKOUT/src of patchcore-inspection")
+        functions["greedy_coreset"] = partial(common.greedy_coreset, rows, size)
+        functions["plain torch greedy"] = partial(plain_greedy, rows, size)
+        compare(f"coreset, {name}: {size} of {len(rows)} x 128", functions, options.repeat)
+        if DEVICE == "cuda":
+            copy = seconds(rows.clone) / 2  # a copy reads and writes: reading is half
+            print(f"  reading the features once per pick: {copy * size:.3g} s")
+        picks = common.greedy_coreset(rows, 1000).cpu()
+        found = covering_radii(rows.cpu(), picks)
+        exact = covering_radii(rows.cpu(), [int(picks[0])], 1000)
+        error = ((found - exact).abs() / exact).max()
+        print(f"  covering radius against a float64 greedy, 1000 picks: within {error:.1e}")
+
+
+def benchmark_cost(options):
+    """cost.png: seconds against the bank's size and against N, on logarithmic axes."""
+    queries, features = random_rows(784, 1536), real_features(practice_pill(), 40_960)
+    banks, counts = [2_048, 8_192, 32_768, 131_072], [2_560, 5_120, 10_240, 20_480, 40_960]
+    search, coreset = [], []
+    for rows in banks:
+        function = partial(common.nearest_neighbors, queries, random_rows(rows, 1536))
+        search.append(statistics.median(seconds(function) for _ in range(options.repeat)))
+    for rows in counts:
+        part = features[torch.linspace(0, len(features) - 1, rows).long()]
+        function = partial(common.greedy_coreset, part, rows // 10)
+        coreset.append(statistics.median(seconds(function) for _ in range(options.repeat)))
+    figure, (left, right) = common.pyplot.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
+    print("\ncost")
+    for axis, sizes, spent, power in ((left, banks, search, 1), (right, counts, coreset, 2)):
+        axis.loglog(sizes, spent, "o-", color="black", label="measured")
+        line = [spent[-1] * (size / sizes[-1]) ** power for size in sizes]
+        axis.loglog(sizes, line, "--", color="gray", label="linear" if power == 1 else "quadratic")
+        axis.legend()
+        print(" ", ", ".join(f"{n}: {s:.3g} s" for n, s in zip(sizes, spent, strict=True)))
+    left.set(xlabel="rows of the bank", ylabel="seconds", title="search, 784 queries x 1536")
+    right.set(xlabel="N, patch features", title="coreset, 10 % of N x 128")
+    common.save_figure(figure, options.figure)
+
+
+def main():
+    parts = {"neighbors": benchmark_neighbors, "memory": benchmark_memory,
+             "coreset": benchmark_coreset, "cost": benchmark_cost}  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument(
+        "--sampler", type=Path, help="src folder of a patchcore-inspection checkout"
+    )
+    parser.add_argument("--data", type=Path, nargs="*", default=[], help="more folders of images")
+    parser.add_argument("--figure", type=Path, default=Path("results/cost.png"))
+    options = parser.parse_args()
+    name = (
+        torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    print(f"torch {torch.__version__} on {DEVICE}, {name}, float32, median of {options.repeat}")
+    for part in options.only:
+        parts[part](options)
+
+
+if __name__ == "__main__":
+    main()
