@@ -168,6 +168,7 @@ def parse_options(method: str, description: str, add_options=lambda add: None):
             )
     options = argparse.Namespace(**{**defaults, **settings, **given}, method=method)
     check_options(options)
+    SECONDS["start-up"] = time.process_time()  # of the processor, since Python started: imports
     torch.manual_seed(options.seed)
     return options, model
 
@@ -962,34 +963,38 @@ def greedy_coreset(features, size, seed=0, backend="auto"):
     rows = rows - rows.mean(0).round()  # (N, D)
     squares = rows.square().sum(1)
     distance = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=device)  # squared
-    new, picked = first.to(device), []
-    bar = progress(description="coreset", total=size)
-    while True:
-        for part in torch.arange(len(rows), device=device).split(8192):
-            to_new = squared_distances(rows, squares, part, new).amin(1)
-            distance[part] = torch.minimum(distance[part], to_new)
-        distance[new] = -1.0  # never again, even when only duplicates of picked rows are left
-        picked.append(new)
-        bar.update(len(new))
-        missing = size - sum(map(len, picked))
-        if missing == 0:
-            bar.close()
-            return torch.cat(picked).to(features.device)
+    picked, new, missing = [], first.to(device), size
+    with progress(description="coreset", total=size) as bar:
+        while True:
+            for part in torch.arange(len(rows), device=device).split(8192):
+                to_new = squared_distances(rows, squares, part, new).amin(1)
+                distance[part] = torch.minimum(distance[part], to_new)
+            distance[new] = -1.0  # never again, even when only duplicates of picked rows are left
+            picked.append(new)
+            bar.update(len(new))
+            missing -= len(new)
+            if missing == 0:
+                return torch.cat(picked).to(features.device)
+            new = farthest_rows(rows, squares, distance, missing)
 
-        farthest = distance.sort(descending=True, stable=True).indices
-        frontier, outside = farthest[:FRONTIER].sort().values, farthest[FRONTIER : FRONTIER + 1]
-        inside = distance[frontier]
-        between = squared_distances(rows, squares, frontier, frontier).fill_diagonal_(-1.0)
-        steps = min(STEPS, missing, len(frontier))
-        candidates = torch.empty(steps, dtype=torch.int64, device=device)
-        radii = torch.empty(steps, dtype=torch.float64, device=device)
-        for step in range(steps):  # the obvious loop, on a few rows; no wait for the device
-            radii[step], candidates[step] = inside.max(0)
-            inside = torch.minimum(inside, between[candidates[step]])
-        new = frontier[candidates]
-        if len(outside):
-            wins = (radii > distance[outside]) | ((radii == distance[outside]) & (new < outside))
-            new = new[: int(wins.cumprod(0).sum())]  # the first one always does
+
+def farthest_rows(rows, squares, distance, most):
+    """The next greedy picks, from 1 to min(STEPS, most) of them: as many as are certain."""
+    farthest = distance.sort(descending=True, stable=True).indices
+    frontier, outside = farthest[:FRONTIER].sort().values, farthest[FRONTIER : FRONTIER + 1]
+    inside = distance[frontier]
+    between = squared_distances(rows, squares, frontier, frontier).fill_diagonal_(-1.0)
+    steps = min(STEPS, most, len(frontier))
+    candidates = torch.empty(steps, dtype=torch.int64, device=rows.device)
+    radii = torch.empty(steps, dtype=torch.float64, device=rows.device)
+    for step in range(steps):  # the obvious loop, on a few rows; no wait for the device
+        radii[step], candidates[step] = inside.max(0)
+        inside = torch.minimum(inside, between[candidates[step]])
+    new = frontier[candidates]
+    if len(outside):
+        wins = (radii > distance[outside]) | ((radii == distance[outside]) & (new < outside))
+        new = new[: int(wins.cumprod(0).sum())]  # the first one always does
+    return new
 
 
 def squared_distances(rows, squares, a, b):

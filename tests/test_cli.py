@@ -59,7 +59,7 @@ def test_a_run_leaves_tables_files_and_figures(method, run_script, pill, tmp_pat
     assert {p.name for p in folder.iterdir()} == {"metrics.json", "scores.csv", *figures}
     for name in figures:
         assert np.asarray(Image.open(folder / name)).std() > 5
-    for text in ("defect type", "crack", "all methods so far", "seconds: decode"):
+    for text in ("defect type", "crack", "all methods so far", "seconds: start-up"):
         assert text in out
     weights = "no pretrained weights" if method == "autoencoder" else "random weights"
     assert f"{method} on {pill}, {weights}" in out
