@@ -29,7 +29,12 @@ SIDE = 112  # pixels; 64 loses scratches, 224 costs four times as much and redra
 
 
 def add_options(add):
-    add("--latent", type=common.number(int, 1), default=64, help="numbers in the bottleneck (64)")
+    add(
+        "--latent",
+        type=common.number(int, 1, 4096),
+        default=64,
+        help="numbers in the bottleneck (64)",
+    )
     add("--steps", type=common.number(int, 2), default=1500, help="training steps (1500)")
     add("--learning-rate", type=common.number(float, 0), default=2e-3, metavar="RATE",
         help="the highest of the cycle (0.002)")  # fmt: skip

@@ -125,8 +125,8 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", default=Path("results"), help="default: results")
     add("--weights", metavar="W", default="imagenet", help="imagenet (default), random or FILE.pth")
     add("--backbone", choices=resnets, metavar="B", default="resnet50", help="default: resnet50")
-    add("--resize", type=number(int, 32), default=256, help="shorter side in pixels (256)")
-    add("--crop", type=number(int, 32), default=224, help="center crop in pixels (224)")
+    add("--resize", type=number(int, 32, 4096), default=256, help="shorter side in pixels (256)")
+    add("--crop", type=number(int, 32, 4096), default=224, help="center crop in pixels (224)")
     add("--batch-size", type=number(int, 1), default=16, help="images at a time (16)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0)
@@ -277,7 +277,7 @@ def load_data(options) -> tuple[Split, Split]:
             draw_practice_pill(options.data)
     root, normal = options.data, options.data / "train" / "good"
     if not normal.is_dir():
-        found = sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else "no such folder"
+        found = sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else "no folder there"
         raise UserError(
             f"--data {root}: expected normal images in {normal}, found {found or 'an empty folder'}"
         )
@@ -731,7 +731,11 @@ def minimize(network: torch.nn.Module, loss_of, steps: int, learning_rate: float
     network.eval()
     figure, axis = pyplot.subplots(figsize=(6, 3), layout="constrained")
     axis.semilogy(torch.stack(losses).cpu(), color="black", linewidth=0.7)
-    axis.set(xlabel="step", ylabel="training loss (MSE)", title=f"{options.method}: training")
+    axis.set(
+        xlabel="step",
+        ylabel="training loss (MSE)",
+        title=f"{options.method}, {weights_label(options)}",
+    )
     save_figure(figure, options.out / "loss.png")
 
 
@@ -1184,12 +1188,14 @@ def report(options, model, test: Split, judge) -> None:
             metrics = evaluate(options, test, scores, maps)
         metrics["fit_seconds"] = model["fit_seconds"]
         metrics["ms_per_image"] = 1000 * seconds / len(scores)
-        with stage("figures"):
-            draw_scores(options, test.labels, scores)
-            draw_examples(options, model, test, scores, maps, panels)
         write_files(options, test, scores, metrics)
+        with stage("figures"), progress(total=3, description="figures") as bar:
+            draw_scores(options, test.labels, scores)
+            bar.update()
+            draw_examples(options, model, test, scores, maps, panels)
+            bar.update()
+            draw_methods(options, metrics)
         show_tables(options, metrics)
-        draw_methods(options, metrics)
     if options.predict:
         predict(options, model, judge)
 
@@ -1247,6 +1253,10 @@ def weights_label(options) -> str:
         return "no pretrained weights"
     names = {"imagenet": "ImageNet weights", "random": "random weights"}
     return names.get(options.weights, f"weights {Path(options.weights).name}")
+
+
+def run_label(options) -> str:
+    return f"{options.method} on {options.data.resolve().name}, {weights_label(options)}"
 
 
 def write_files(options, test: Split, scores, metrics: dict) -> None:
@@ -1360,7 +1370,7 @@ def draw_scores(options, labels, scores) -> None:
         right.plot(*at, "o", color="black", label="threshold", clip_on=False)
         right.legend(loc="lower right")
     right.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
-    figure.suptitle(f"{options.method} on {options.data}, {weights_label(options)}", fontsize=11)
+    figure.suptitle(run_label(options), fontsize=11)
     save_figure(figure, options.out / "scores.png")
 
 
@@ -1403,7 +1413,7 @@ def pictures(options, model, pixels, i, maps, panels) -> list:
 
 
 def picture_grid(title, columns, rows):
-    """A figure of pictures: rows is [(label, [(caption, (h, w, 3) uint8) or None, ...]), ...]."""
+    """A figure of pictures: rows is [(label, [(caption, (h, w, 3) uint8), ...]), ...]."""
     side = min(1.45, 10.5 / len(columns))  # inches
     width, height = 1.3 + side * len(columns) + 0.9, 0.65 + side * len(rows) + 0.1
     figure = pyplot.figure(figsize=(width, height))
@@ -1411,17 +1421,17 @@ def picture_grid(title, columns, rows):
     for r, (label, cells) in enumerate(rows):
         bottom = 0.1 + side * (len(rows) - 1 - r)
         figure.text(1.2 / width, (bottom + side / 2) / height, label, ha="right", va="center")
-        for c, cell in enumerate(cells):
+        for c, (caption, picture) in enumerate(cells):
             box = np.array([1.3 + side * c, bottom, 0.97 * side, 0.97 * side])
             axis = figure.add_axes(box / (width, height, width, height))
             axis.axis("off")
+            axis.imshow(picture)
             if r == 0:
                 axis.set_title(columns[c], fontsize=9)
-            if cell is not None:
-                axis.imshow(cell[1])
-                style = {"color": "white", "fontsize": 8, "va": "top", "transform": axis.transAxes}
+            if caption:
                 dark = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 1.5}
-                axis.text(0.03, 0.96, cell[0], bbox=dark if cell[0] else None, **style)
+                axis.text(0.03, 0.96, caption, color="white", fontsize=8, va="top", bbox=dark,
+                          transform=axis.transAxes)  # fmt: skip
     return figure
 
 
@@ -1449,8 +1459,8 @@ def draw_examples(options, model, test: Split, scores, maps, panels) -> None:
             cells += shown(of_kind[scores[of_kind].argmin()])
         rows.append((kind.replace("_", "\n"), [cell[1:] for cell in cells]))
     titles = [title for title, *_ in shown(0)] * 2
-    title = f"{options.method} on {options.data}, {weights_label(options)}: the highest- and the "
-    figure = picture_grid(title + "lowest-scoring image of each type", titles, rows)
+    columns = titles[: max(len(cells) for _, cells in rows)]
+    figure = picture_grid(f"{run_label(options)}: highest and lowest score by type", columns, rows)
     if maps is not None:
         scale = pyplot.cm.ScalarMappable(pyplot.Normalize(*color_range(options, model)), COLORS)
         width = figure.get_figwidth()
@@ -1469,18 +1479,21 @@ def draw_examples(options, model, test: Split, scores, maps, panels) -> None:
 
 def draw_methods(options, metrics: dict) -> None:
     """methods.png: every comparable method's picture of the same images, one below the other."""
-    runs = comparable_runs(options, metrics)
     kinds = [*metrics["per_defect"], "good"]
 
-    def strip(label, method, name):
-        strip = np.asarray(Image.open(options.out.parent / method / name))
-        return label, [("", part) for part in np.split(strip, strip.shape[1] // 224, axis=1)]
+    def cells(path):
+        strip = np.asarray(Image.open(path))
+        return [("", part) for part in np.split(strip, strip.shape[1] // 224, axis=1)]
 
-    rows = [strip("ground truth", options.method, "truth.png")]
-    for run in runs:
-        figure = f"\nAUROC {run['image_auroc']:.3f}" if run["image_auroc"] is not None else ""
-        rows.append(strip(run["method"] + figure, run["method"], "strip.png"))
-    title = f"all methods so far on {options.data}, {weights_label(options)}"
+    rows = [("ground truth", cells(options.out / "truth.png"))]
+    for run in comparable_runs(options, metrics):
+        path = options.out.parent / run["method"] / "strip.png"
+        if path.is_file():
+            figure = run["image_auroc"]
+            label = [run["method"], run["weights"].replace("no pretrained", "no")]
+            label += [] if figure is None else [f"AUROC {figure:.3f}"]
+            rows.append(("\n".join(label), cells(path)))
+    title = f"all methods so far on {options.data.resolve().name}, first image of each type"
     titles = [kind.replace("_", " ") for kind in kinds][: len(rows[0][1])]
     save_figure(picture_grid(title, titles, rows), options.out.parent / "methods.png")
 

@@ -274,7 +274,7 @@ def truncated(path):
 
 
 BAD_DATA = {
-    "folder missing": (shutil.rmtree, "no such folder"),
+    "folder missing": (shutil.rmtree, "found no folder there"),
     "folder empty": (empty, "found an empty folder"),
     "not in the layout": (lambda p: (p / "train").rename(p / "training"), "'training'"),
     "no training images": (lambda p: empty(p / "train/good"), "train/good: holds no image"),
@@ -336,6 +336,7 @@ BAD_OPTIONS = {
     "cupy without a GPU": ("knn", ["--device", "cpu", "--backend", "cupy"], "cupy: needs an"),
     "crop above resize": ("knn", ["--crop", "128"], "--crop 128: expected at most --resize 64"),
     "tiny resize": ("knn", ["--resize", "8"], "--resize: 8: expected at least 32"),
+    "huge resize": ("knn", ["--resize", "99999"], "expected at least 32 and at most 4096"),
     "no batch": ("knn", ["--batch-size", "0"], "--batch-size: 0: expected at least 1"),
     "negative seed": ("knn", ["--seed", "-1"], "--seed: -1: expected at least 0"),
     "seed no number": ("knn", ["--seed", "x"], "invalid whole number value: 'x'"),
@@ -350,6 +351,10 @@ BAD_OPTIONS = {
     "predict missing": ("knn", ["--predict", "none"], "--predict none: no such file or folder"),
     "predict empty": ("knn", ["--predict", "folder"], "--predict folder: holds no image"),
     "no steps": ("autoencoder", ["--steps", "0"], "--steps: 0: expected at least 2"),
+    "huge latent": ("autoencoder", ["--latent", "99999"], "at most 4096"),
+    "predict a text": ("knn", ["--predict", "file.txt", "--load", "file.txt"], "foreign file"),
+    "load a folder": ("knn", ["--load", "folder"], "--load folder: no such file: expected a file"),
+    "data is a file": ("knn", ["--data", "file.txt"], "file.txt: expected normal images in"),
     "no latent": ("autoencoder", ["--latent", "0"], "--latent: 0: expected at least 1"),
     "rate that explodes": ("dfr", ["--steps", "40", "--learning-rate", "1e30"], "lower the rate"),
     "loss that is not finite": (
