@@ -29,12 +29,10 @@ SIDE = 112  # pixels; 64 loses scratches, 224 costs four times as much and redra
 
 
 def add_options(add):
-    add(
-        "--latent",
-        type=common.number(int, 1, 4096),
-        default=64,
-        help="numbers in the bottleneck (64)",
-    )
+    # Measured on the practice pill: a bottleneck of 32, 64, 128 or 256 numbers gives image AUROC
+    # 0.87 to 0.89, all alike; 600, 1200 and 1500 steps give 0.73, 0.89 and 0.90.
+    add("--latent", type=common.number(int, 1, 4096), default=64,
+        help="numbers in the bottleneck (64)")  # fmt: skip
     add("--steps", type=common.number(int, 2), default=1500, help="training steps (1500)")
     add("--learning-rate", type=common.number(float, 0), default=2e-3, metavar="RATE",
         help="the highest of the cycle (0.002)")  # fmt: skip

@@ -6,7 +6,7 @@ Bergman, Cohen, Hoshen: Deep Nearest Neighbor Anomaly Detection, arXiv:2002.1044
 ImageNet sums up an image in 2048 numbers, the average of its last layer. Keep those of the normal
 images, the memory bank; a new image x is as anomalous as it is far from its k nearest ones:
 
-    d(x) = 1/k * sum over the k nearest y of  |f(x) - f(y)|        (section 3, equation 1)
+    d(x) = 1/k * sum over the k nearest y of  |f(x) - f(y)|
 
 Read `describe` (section 3, feature extraction) and `score`. What to look at: in examples.png, each
 image beside its three nearest normal images; the score is how much they differ for the network.
@@ -41,9 +41,8 @@ def fit(resnet, pixels: torch.Tensor, options) -> dict:
         found = f"there are {len(bank)} normal images, and each is judged by the others"
         raise common.UserError(f"--neighbors {k}: {found}: lower it or add images")
     with common.stage("threshold"):
-        # A new image is not in the bank, so leave out of its own neighbors what is at distance 0,
-        # the image itself: the first of k + 1.
-        # differs from the paper: it reports no threshold.
+        # A new image is not in the bank. So a normal one must not find itself there: it is the
+        # first of its own k + 1 neighbors, at distance 0.
         nearest, _ = common.nearest_neighbors(bank, bank, k + 1, options.backend)
         scores = nearest[:, 1:].mean(dim=1)
     # Small copies of the images, to show the nearest ones in the figures, also after --load.
@@ -67,6 +66,8 @@ def main():
     model = model or fit(resnet, train.pixels, options)
 
     def judge(pixels):
+        # differs from the paper: it averages squared distances; unsquared, one far neighbor of
+        # the k weighs less, and the score is in the units of the features.
         distances, indices = (t.cpu() for t in score(resnet, model["state"], pixels, options))
 
         def nearest(i):
