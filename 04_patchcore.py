@@ -83,8 +83,8 @@ def fit(resnet, pixels: torch.Tensor, options) -> dict:
     with common.stage("threshold"):
         banks = leave_one_out(projected, chosen, height * width, options)
         judged = [
-            score_patches(features[i : i + 1].to(options.device), patches[rows], options)
-            for i, rows in enumerate(banks)
+            score_patches(image[None].to(options.device), patches[rows].to(options.device), options)
+            for image, rows in zip(features, banks, strict=True)
         ]
         scores, grids = (torch.cat(parts) for parts in zip(*judged, strict=True))
         maps = common.to_maps(grids, options.crop)
@@ -138,10 +138,10 @@ def score_patches(features, bank, options):
         # normal patch nearest to the worst patch m_test, has its own neighbors N_b(m*) far from
         # m_test too. The neighborhood is that of m* *in the bank*, not that of m_test.
         m_test = patches[images, worst]  # (B, C)
-        m_star = bank.to(patches)[nearest[images, worst]]
+        m_star = bank[nearest[images, worst]]
         b = min(options.neighbors, len(bank))
         _, around = common.nearest_neighbors(m_star, bank, b, options.backend)
-        to_around = torch.linalg.vector_norm(m_test[:, None] - bank.to(patches)[around], dim=2)
+        to_around = torch.linalg.vector_norm(m_test[:, None] - bank[around], dim=2)
         # softmax = exp(|m_test - m*|) / sum of exp(|m_test - m|); the first neighbor is m* itself.
         s_star = (1 - to_around.softmax(dim=1)[:, 0]) * s_star
     return s_star.cpu(), distances.view(features.shape[:3]).cpu()
