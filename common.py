@@ -338,19 +338,18 @@ class Pill(NamedTuple):
     """A pill being drawn, in its own frame: x from -1 to 1 along its length, y to scale."""
 
     random: np.random.Generator
+    severity: float  # of its defect, from 0.35 (subtle) to 1 (plain)
     to_pixels: object  # points (P, 2) -> pixel coordinates (P, 2)
     grid: np.ndarray  # (2, S, S) pixel coordinates x, y
+    outline: np.ndarray  # (S, S) from 0 to 1, where the pill is
     surface: np.ndarray  # (S, S, 3) color of the material
     height: np.ndarray  # (S, S) relief in pixels, gives the shading
     mask: np.ndarray  # (S, S) from 0 to 1, where it is defective
-    severity: float  # 0.35 (subtle) to 1 (plain)
 
     def paint(self, where, color, opacity):
-        """Blends `color` into the surface; `where` is (S, S), from 0 to 1."""
+        """Blends a defect's color into the surface, and marks it; `where` is (S, S), 0 to 1."""
         alpha = opacity * where[..., None]
         self.surface[:] = self.surface * (1 - alpha) + np.array(color) * alpha
-
-    def mark(self, where):
         np.maximum(self.mask, where, out=self.mask)
 
     def anywhere(self, spread):
@@ -417,22 +416,18 @@ def pill_image(random: np.random.Generator, defect="good") -> tuple[np.ndarray, 
     dome = 61 * np.sqrt(1 - np.minimum(radius, 1) ** 3.5)
     grain = 0.10 * smooth_noise(random, 1.5) + 0.12 * smooth_noise(random, 6)
     cream = np.array([0.90, 0.87, 0.81]) * (1 + 0.012 * smooth_noise(random, 14))[..., None]
-    pill = Pill(random, lambda points: center + points @ turn.T, grid, cream, dome + grain,
-                np.zeros((size, size)), random.uniform(0.35, 1.0))  # fmt: skip
+    pill = Pill(random, random.uniform(0.35, 1.0), lambda points: center + points @ turn.T, grid,
+                outline, cream, dome + grain, np.zeros((size, size)))  # fmt: skip
     found = random.choice(DEFECTS[:5], 2, replace=False) if defect == "combined" else [defect]
-    speckle_color = np.array([0.66, 0.17, 0.20])
-    if "pill_type" in found:
-        other = [(0.85, 0.66, 0.15), (0.25, 0.40, 0.62), (0.30, 0.50, 0.25)][random.integers(3)]
-        speckle_color += pill.severity * (other - speckle_color)
-        pill.paint(outline, other, 0.10 * pill.severity)
-        pill.mark(outline)
+    red = np.array([0.66, 0.17, 0.20])
+    speckle_color = draw_other_type(pill, red) if "pill_type" in found else red
     draw_imprint(pill, "faulty_imprint" in found)
     draw_speckles(pill, speckle_color)
-    if "color" in found or "contamination" in found:
-        draw_stains(pill, "color" in found, "contamination" in found)
-    if "scratch" in found or "crack" in found:
-        draw_lines(pill, outline, "scratch" in found, "crack" in found)
-    return photograph(pill, outline), pill.mask > 0.3
+    for kind, draw in {"color": draw_stain, "contamination": draw_dirt, "scratch": draw_scratches,
+                       "crack": draw_crack}.items():  # fmt: skip
+        if kind in found:
+            draw(pill)
+    return photograph(pill), pill.mask > 0.3
 
 
 def smooth_noise(random, sigma: float) -> np.ndarray:
@@ -453,6 +448,13 @@ def strokes(pill: Pill, lines, width: float) -> np.ndarray:
     return np.asarray(canvas.resize((PILL_SIZE, PILL_SIZE), Image.Resampling.BOX)) / 255
 
 
+def draw_other_type(pill: Pill, red) -> np.ndarray:
+    """Another product of the same shape: a tint, and speckles (their color is returned) not red."""
+    other = [(0.85, 0.66, 0.15), (0.25, 0.40, 0.62), (0.30, 0.50, 0.25)][pill.random.integers(3)]
+    pill.paint(pill.outline, other, 0.10 * pill.severity)
+    return red + pill.severity * (other - red)
+
+
 def draw_imprint(pill: Pill, faulty: bool) -> None:
     """Presses FF into the pill; faulty: strokes missing, struck twice, or slanted."""
     random, lines = pill.random, IMPRINT
@@ -468,7 +470,7 @@ def draw_imprint(pill: Pill, faulty: bool) -> None:
         lines = [[(x + slant * y, y + slant * x) for x, y in line] for line in lines]
     imprint = strokes(pill, lines, 7)
     pill.height[:] -= 3.2 * ndimage.gaussian_filter(imprint, 1.3)
-    pill.mark(np.abs(imprint - expected))
+    pill.paint(np.abs(imprint - expected), (0, 0, 0), 0)  # marks the difference, no more
 
 
 def draw_speckles(pill: Pill, color) -> None:
@@ -483,67 +485,73 @@ def draw_speckles(pill: Pill, color) -> None:
         pill.surface[window] += alpha * (color - pill.surface[window])
 
 
-def draw_stains(pill: Pill, color: bool, contamination: bool) -> None:
-    """A soft discoloration, or one to three specks of dirt that stand out from the surface."""
+def blob(pill: Pill, radius: float, ragged: float) -> np.ndarray:
+    """(S, S) from 0 to 1: a spot of `radius` pixels somewhere on the pill."""
     random = pill.random
-
-    def blob(radius, ragged):
-        x, y = pill.grid - pill.to_pixels(pill.anywhere(0.7))[:, None, None]
-        distance = np.hypot(x * random.uniform(0.7, 1.2), y * random.uniform(0.7, 1.2))
-        distance += ragged * radius * smooth_noise(random, 0.6 * radius + 1)
-        return np.clip((radius - distance) / 3 + 0.5, 0, 1)
-
-    if color:
-        tint = [(0.80, 0.62, 0.30), (0.72, 0.35, 0.36), (0.62, 0.60, 0.66)][random.integers(3)]
-        where = ndimage.gaussian_filter(blob(random.uniform(11, 29), 0.25), 2)
-        pill.paint(where, tint, 0.25 + 0.6 * pill.severity)
-        pill.mark(where)
-    if contamination:
-        dirt = [(0.22, 0.17, 0.12), (0.45, 0.36, 0.22), (0.30, 0.32, 0.36)][random.integers(3)]
-        where = np.maximum.reduce(
-            [blob(random.uniform(4, 11), 0.4) for _ in range(random.integers(1, 4))]
-        )
-        pill.paint(where, dirt, 0.45 + 0.5 * pill.severity)
-        pill.height[:] += 2 * ndimage.gaussian_filter(where, 1.5)
-        pill.mark(where)
+    x, y = pill.grid - pill.to_pixels(pill.anywhere(0.7))[:, None, None]
+    distance = np.hypot(x * random.uniform(0.7, 1.2), y * random.uniform(0.7, 1.2))
+    distance += ragged * radius * smooth_noise(random, 0.6 * radius + 1)
+    return np.clip((radius - distance) / 3 + 0.5, 0, 1)
 
 
-def draw_lines(pill: Pill, outline, scratch: bool, crack: bool) -> None:
-    """Shallow scratches side by side, or a dark, jagged crack from the edge inward."""
+def draw_stain(pill: Pill) -> None:
+    """A soft discoloration."""
+    random = pill.random
+    tint = [(0.80, 0.62, 0.30), (0.72, 0.35, 0.36), (0.62, 0.60, 0.66)][random.integers(3)]
+    where = ndimage.gaussian_filter(blob(pill, random.uniform(11, 29), 0.25), 2)
+    pill.paint(where, tint, 0.25 + 0.6 * pill.severity)
+
+
+def draw_dirt(pill: Pill) -> None:
+    """One to three specks of dirt that stand out from the surface."""
+    random = pill.random
+    dirt = [(0.22, 0.17, 0.12), (0.45, 0.36, 0.22), (0.30, 0.32, 0.36)][random.integers(3)]
+    specks = [blob(pill, random.uniform(4, 11), 0.4) for _ in range(random.integers(1, 4))]
+    where = np.maximum.reduce(specks)
+    pill.paint(where, dirt, 0.45 + 0.5 * pill.severity)
+    pill.height[:] += 2 * ndimage.gaussian_filter(where, 1.5)
+
+
+def carve(pill: Pill, lines, width: float, darkness: float, depth: float) -> None:
+    where = strokes(pill, lines, width) * pill.outline
+    pill.paint(where, (0, 0, 0), darkness)
+    pill.height[:] -= depth * ndimage.gaussian_filter(where, 0.8)
+    np.maximum(pill.mask, ndimage.grey_dilation(where, 3), out=pill.mask)  # a pixel to each side
+
+
+def draw_scratches(pill: Pill) -> None:
+    """One to three shallow scratches side by side."""
     random, severity = pill.random, pill.severity
-
-    def groove(lines, width, darkness, depth):
-        where = strokes(pill, lines, width) * outline
-        pill.paint(where, (0, 0, 0), darkness)
-        pill.height[:] -= depth * ndimage.gaussian_filter(where, 0.8)
-        pill.mark(ndimage.grey_dilation(where, 3))
-
-    if scratch:
-        start, heading, lines = pill.anywhere(0.5), random.uniform(0, 2 * np.pi), []
-        for _ in range(random.integers(1, 4)):
-            angle = heading + random.normal(0, 0.08)
-            along = np.array([np.cos(angle), np.sin(angle)])
-            t = np.linspace(-0.5, 0.5, 12)[:, None] * random.uniform(0.25, 0.7)
-            bend = random.normal(0, 0.25) * t**2 * along[::-1] * (-1, 1)
-            lines.append(start + random.normal(0, 0.05, 2) + t * along + bend)
-        groove(lines, random.uniform(1.2, 2.4), 0.08 + 0.25 * severity, 1 + 2.5 * severity)
-    if crack:
-        angle = random.uniform(0, 2 * np.pi)
-        edge = 1.02 * np.array([np.cos(angle), PILL_ASPECT * np.sin(angle)])
-        inward = np.arctan2(*-edge[::-1]) + random.normal(0, 0.35)
-        turns = inward + random.normal(0, 0.55, random.integers(6, 16))
-        path = edge + 0.055 * np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1), 0)
-        branch = inward + random.choice([-1, 1]) * random.uniform(0.5, 0.9, 4)
-        fork = path[len(path) // 2] + 0.055 * np.cumsum(
-            np.stack([np.cos(branch), np.sin(branch)], 1), 0
-        )
-        lines = [[edge, *path], [path[len(path) // 2], *fork]][: random.integers(1, 3)]
-        groove(lines, random.uniform(1.3, 1.8 + 1.6 * severity), 0.45 + 0.4 * severity, 2.5)
+    start, heading, lines = pill.anywhere(0.5), random.uniform(0, 2 * np.pi), []
+    for _ in range(random.integers(1, 4)):
+        angle = heading + random.normal(0, 0.08)
+        along = np.array([np.cos(angle), np.sin(angle)])
+        t = np.linspace(-0.5, 0.5, 12)[:, None] * random.uniform(0.25, 0.7)
+        bend = random.normal(0, 0.25) * t**2 * along[::-1] * (-1, 1)
+        lines.append(start + random.normal(0, 0.05, 2) + t * along + bend)
+    carve(pill, lines, random.uniform(1.2, 2.4), 0.08 + 0.25 * severity, 1 + 2.5 * severity)
 
 
-def photograph(pill: Pill, outline: np.ndarray) -> np.ndarray:
+def draw_crack(pill: Pill) -> None:
+    """A dark, jagged crack from the edge inward; every other one forks."""
+
+    def walk(start, angles):
+        return start + 0.055 * np.cumsum(np.stack([np.cos(angles), np.sin(angles)], 1), 0)
+
+    random, severity = pill.random, pill.severity
+    angle = random.uniform(0, 2 * np.pi)
+    edge = 1.02 * np.array([np.cos(angle), PILL_ASPECT * np.sin(angle)])
+    inward = np.arctan2(*-edge[::-1]) + random.normal(0, 0.35)
+    path = walk(edge, inward + random.normal(0, 0.55, random.integers(6, 16)))
+    middle = path[len(path) // 2]
+    fork = walk(middle, inward + random.choice([-1, 1]) * random.uniform(0.5, 0.9, 4))
+    lines = [[edge, *path], [middle, *fork]][: random.integers(1, 3)]
+    carve(pill, lines, random.uniform(1.3, 1.8 + 1.6 * severity), 0.45 + 0.4 * severity, 2.5)
+
+
+def photograph(pill: Pill) -> np.ndarray:
     """(S, S, 3) uint8: shading from the relief, a dark ground, and a camera's blur and noise."""
-    random = pill.random
+    random, outline = pill.random, pill.outline
     dy, dx = np.gradient(ndimage.gaussian_filter(pill.height, 0.6))
     normal = np.stack([-dx, -dy, np.ones_like(dx)])
     normal /= np.linalg.norm(normal, axis=0)
