@@ -8,9 +8,11 @@ On a machine with an NVIDIA GPU the same parts run there, timed by device events
 import argparse
 import importlib
 import itertools
+import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -224,11 +226,34 @@ def benchmark_cost(options):
     common.save_figure(figure, options.figure)
 
 
+def benchmark_threshold(options):
+    """False-alarm rates that come of the rates asked, on new normal images; takes an hour."""
+    for script, sets in {
+        "01_autoencoder": 3,
+        "02_dfr": 3,
+        "03_knn": 10,
+        "04_patchcore": 10,
+    }.items():
+        found = {0.05: [], 0.10: []}
+        for seed, rate in itertools.product(range(1001, 1001 + sets), found):
+            with tempfile.TemporaryDirectory() as folder:
+                data = Path(folder) / "pill"
+                common.draw_practice_pill(data, seed, train=200, good=200, per_defect=0)
+                command = [sys.executable, ROOT / f"{script}.py", "--data", data, "--out", folder]
+                command += ["--weights", "random", "--false-alarm-rate", str(rate)]
+                subprocess.run(command, capture_output=True, check=True)
+                (metrics,) = Path(folder).glob("*/metrics.json")
+                at = json.loads(metrics.read_text())["threshold"]
+            found[rate].append(at["false_alarms"] / at["normal_images"])
+        rates = ", ".join(f"{statistics.mean(f):.3f} for {rate:g}" for rate, f in found.items())
+        print(f"false-alarm rate of {script}, mean of {sets} sets: {rates}", flush=True)
+
+
 def main():
     parts = {"neighbors": benchmark_neighbors, "memory": benchmark_memory,
              "coreset": benchmark_coreset, "cost": benchmark_cost}  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--only", nargs="+", choices=[*parts, "threshold"], default=list(parts))
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument(
         "--sampler", type=Path, help="src folder of a patchcore-inspection checkout"
@@ -241,7 +266,7 @@ def main():
     )
     print(f"torch {torch.__version__} on {DEVICE}, {name}, float32, median of {options.repeat}")
     for part in options.only:
-        parts[part](options)
+        (parts | {"threshold": benchmark_threshold})[part](options)
 
 
 if __name__ == "__main__":

@@ -409,7 +409,9 @@ def test_ctrl_c_leaves_nothing_half_written(pill, tmp_path):
     process = start(
         "autoencoder", "--data", pill, "--steps", "100000", "--save", "m.pt", cwd=tmp_path
     )
-    while not (tmp_path / "results").exists():  # options are read, work begins
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "results").exists():  # then the options are read, and work begins
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
