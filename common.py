@@ -825,9 +825,7 @@ def search(queries, bank, squares, k):
             if len(rows[-1]) < SLAB:
                 keys[-1] = torch.inf  # what the last slab does not fill never wins
             for slab, norm, out in zip(rows, norms, keys, strict=True):
-                out = out[:, : len(slab)]
-                torch.mm(queries[block], slab.T, out=out)
-                torch.sub(norm, out, alpha=2, out=out)
+                torch.addmm(norm, queries[block], slab.T, alpha=-2, out=out[:, : len(slab)])
             # The k smallest keys of a query lie in the k columns (one key per slab) with the
             # smallest minima: were one elsewhere, each of those k minima would be smaller still.
             minima = keys.amin(0)  # (P, 512)
