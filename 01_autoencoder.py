@@ -26,7 +26,7 @@ from torch import nn
 import common
 
 # Pixels. 64 scores as well on the practice pill (image AUROC 0.90, AU-PRO 0.91) in 40 % of the
-# time; 112 keeps hairline scratches apart from their ground, so that the figures can be read.
+# time; 112 draws sharper pictures to look at.
 SIDE = 112
 
 
