@@ -1366,6 +1366,7 @@ def draw_scores(options, labels, scores) -> None:
             left.hist(scores[labels == kind], bins, alpha=0.6, color=color, label=name)
     left.axvline(options.threshold, color="black", linestyle="--", label="threshold")
     left.set(xlabel="anomaly score", ylabel="test images")
+    left.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
     left.legend()
     right.plot([0, 1], [0, 1], color="lightgray")
     if 0 < labels.sum() < len(labels):
