@@ -67,8 +67,7 @@ def build_autoencoder(latent: int) -> nn.Sequential:
 
 def shrink(pixels: torch.Tensor, device) -> torch.Tensor:
     """(B, 3, crop, crop) uint8 -> (B, 3, 112, 112) float32 from 0 to 1, channels last."""
-    images = pixels.to(device, memory_format=torch.channels_last).float().div_(255)
-    return common.resize(images, (SIDE, SIDE))
+    return common.resize(common.to_float(pixels, device), (SIDE, SIDE))
 
 
 def jitter(images: torch.Tensor) -> torch.Tensor:

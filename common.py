@@ -115,7 +115,7 @@ def number(kind, low, high=math.inf):
 
 
 def build_parser(description: str, add_options) -> argparse.ArgumentParser:
-    """The options of design all four scripts share, then those that `add_options(add)` adds."""
+    """The options that all four scripts share, then those that `add_options(add)` adds."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -620,13 +620,13 @@ def load_resnet(options) -> torch.nn.Module:
     return resnet.to(options.device, memory_format=torch.channels_last)
 
 
-def load_torch_file(option: str, path) -> dict:
+def load_torch_file(option: str, path, expected: str) -> dict:
     """The dict in a file that torch.save wrote; none of its code is run (weights_only).
 
-    Raises UserError, which begins with `option`, for a missing, damaged or foreign file.
+    Raises UserError, which begins with `option`, for a missing file (and says what is `expected`),
+    a damaged or a foreign one.
     """
     if not Path(path).is_file():
-        expected = "imagenet, random or a .pth file" if "weights" in option else "a file by --save"
         raise UserError(f"{option}: no such file: expected {expected}")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -640,13 +640,15 @@ def load_torch_file(option: str, path) -> dict:
 
 def load_state_dict(network: torch.nn.Module, path: str) -> None:
     """Loads a whole state dict from a .pth file. Raises UserError naming the first mismatch."""
-    found = load_torch_file(f"--weights {path}", path)
+
+    def shape(state, name):
+        return tuple(state[name].shape) if torch.is_tensor(state.get(name)) else "absent"
+
+    found = load_torch_file(f"--weights {path}", path, "imagenet, random or a .pth file")
     expected = network.state_dict()
     for name in [*expected, *found]:
-        have = found[name].shape if torch.is_tensor(found.get(name)) else "absent"
-        want = expected[name].shape if name in expected else "absent"
+        have, want = shape(found, name), shape(expected, name)
         if have != want and not name.endswith("num_batches_tracked"):  # older files lack those
-            have, want = (text if text == "absent" else tuple(text) for text in (have, want))
             difference = f"{name} is {have}, expected {want}"
             raise UserError(f"--weights {path}: {difference}: pass the --backbone it belongs to")
         if have != "absent" and not torch.isfinite(found[name]).all():
@@ -683,10 +685,14 @@ def extract(resnet, layers, pixels, options, description="features"):
             hook.remove()
 
 
+def to_float(pixels: torch.Tensor, device) -> torch.Tensor:
+    """(B, 3, H, W) uint8 to float32 from 0 to 1 on `device`, channels last."""
+    return pixels.to(device, memory_format=torch.channels_last).float().div_(255)
+
+
 def normalize(pixels: torch.Tensor, device) -> torch.Tensor:
     """(B, 3, H, W) uint8 to float32, channels last, ImageNet mean 0 and standard deviation 1."""
-    images = pixels.to(device, memory_format=torch.channels_last).float().div_(255)
-    return transforms.normalize(images, IMAGENET_MEAN, IMAGENET_STD, inplace=True)
+    return transforms.normalize(to_float(pixels, device), IMAGENET_MEAN, IMAGENET_STD, inplace=True)
 
 
 def resize(images: torch.Tensor, size) -> torch.Tensor:
@@ -1058,8 +1064,8 @@ def coreset_cupy(features, size, first):
     with cupy_like_torch(features.device) as cupy:
         tensors = [cupy.from_dlpack(tensor) for tensor in (columns, distance, picks)]
         sizes = np.uint32(len(columns)), np.int32(columns.shape[1] // 4)
+        kernel = cuda_kernels()["update_and_pick"]
         for step in progress(range(size - 1), "coreset"):
-            kernel = cuda_kernels()["update_and_pick"]
             kernel((8 * processors,), (256,), (*tensors, *sizes, np.int32(step)))
             if step % 512 == 0:
                 torch.cuda.synchronize(features.device)  # so that the bar tells the truth
@@ -1167,7 +1173,7 @@ def save_model(options, state, normal_scores, normal_maps, fit_seconds: float) -
 
 def load_model(path: Path, method: str) -> dict:
     """Reads what `save_model` wrote. Raises UserError for anything else."""
-    model = load_torch_file(f"--load {path}", path)
+    model = load_torch_file(f"--load {path}", path, "a file by --save")
     if model.get("format") is None:
         raise UserError(f"--load {path}: not a saved model: expected a file written by --save")
     for name, expected in [("format", FORMAT), ("method", method)]:
@@ -1200,8 +1206,9 @@ def report(options, model, test: Split, judge) -> None:
             bar.update()
             draw_examples(options, model, test, scores, maps, panels)
             bar.update()
-            draw_methods(options, metrics)
-        show_tables(options, metrics)
+            runs = comparable_runs(options, metrics)
+            draw_methods(options, metrics, runs)
+        show_tables(options, metrics, runs)
     if options.predict:
         predict(options, model, judge)
 
@@ -1222,9 +1229,8 @@ def evaluate(options, test: Split, scores, maps) -> dict:
     per_defect = {}
     for kind in progress(sorted(set(test.defects) - {"good"}), "metrics"):
         of_kind = defects == kind
-        per_defect[kind] = figures(of_kind | ~labels)  # against all normal images
-        per_defect[kind] |= {"images": int(of_kind.sum())}
-        per_defect[kind] |= {"detected": int(predicted[of_kind].sum())}
+        counts = {"images": int(of_kind.sum()), "detected": int(predicted[of_kind].sum())}
+        per_defect[kind] = figures(of_kind | ~labels) | counts  # against all normal images
     threshold = {
         "score": options.threshold,
         "map": options.map_threshold,
@@ -1282,7 +1288,7 @@ def verdict(options, score) -> str:
     return "defect" if score > options.threshold else "normal"
 
 
-def show_tables(options, metrics: dict) -> None:
+def show_tables(options, metrics: dict, runs: list[dict]) -> None:
     """Prints this run by defect type, then all methods run so far on the same data and weights."""
     stream = sys.stderr if options.predict else sys.stdout  # with --predict, stdout is for the CSV
 
@@ -1326,7 +1332,7 @@ def show_tables(options, metrics: dict) -> None:
         [
             [run["method"], *map(run.get, names), f"{run['fit_seconds']:.1f}",
              f"{run['ms_per_image']:.0f}", run["weights"]]
-            for run in comparable_runs(options, metrics)
+            for run in runs
         ],
     )  # fmt: skip
     seconds = ", ".join(f"{name} {spent:.1f}" for name, spent in SECONDS.items())
@@ -1458,15 +1464,15 @@ def draw_examples(options, model, test: Split, scores, maps, panels) -> None:
         own = pictures(options, model, test.pixels[i], i, maps, panels)
         return [("image", caption, image), ("ground truth", "", truth), *own]
 
-    rows = []
+    examples = {}
     for kind in kinds:
         of_kind = np.flatnonzero(np.array(test.defects) == kind)
         cells = shown(of_kind[scores[of_kind].argmax()])
         if len(of_kind) > 1:
             cells += shown(of_kind[scores[of_kind].argmin()])
-        rows.append((kind.replace("_", "\n"), [cell[1:] for cell in cells]))
-    titles = [title for title, *_ in shown(0)] * 2
-    columns = titles[: max(len(cells) for _, cells in rows)]
+        examples[kind.replace("_", "\n")] = cells
+    columns = [title for title, *_ in max(examples.values(), key=len)]
+    rows = [(kind, [cell[1:] for cell in cells]) for kind, cells in examples.items()]
     figure = picture_grid(f"{run_label(options)}: highest and lowest score by type", columns, rows)
     if maps is not None:
         scale = pyplot.cm.ScalarMappable(pyplot.Normalize(*color_range(options, model)), COLORS)
@@ -1484,7 +1490,7 @@ def draw_examples(options, model, test: Split, scores, maps, panels) -> None:
             Image.fromarray(np.hstack(parts)).save(temporary, "PNG")
 
 
-def draw_methods(options, metrics: dict) -> None:
+def draw_methods(options, metrics: dict, runs: list[dict]) -> None:
     """methods.png: every comparable method's picture of the same images, one below the other."""
     kinds = [*metrics["per_defect"], "good"]
 
@@ -1493,7 +1499,7 @@ def draw_methods(options, metrics: dict) -> None:
         return [("", part) for part in np.split(strip, strip.shape[1] // 224, axis=1)]
 
     rows = [("ground truth", cells(options.out / "truth.png"))]
-    for run in comparable_runs(options, metrics):
+    for run in runs:
         path = options.out.parent / run["method"] / "strip.png"
         if path.is_file():
             figure = run["image_auroc"]
