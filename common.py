@@ -755,7 +755,7 @@ def minimize(network: torch.nn.Module, loss_of, steps: int, learning_rate: float
 
 # ------------------------------------------------------------------ 4. nearest neighbors
 
-SLAB, SLABS, QUERY_BLOCK, SPARE = 512, 8, 1024, 4
+SLAB, SLABS, QUERY_BLOCK, SPARE = 512, 16, 512, 4
 
 
 def nearest_neighbors(queries, bank, k=1, backend="auto"):
@@ -818,29 +818,36 @@ def search(queries, bank, squares, k):
     """
     best = queries.new_full((len(queries), k), torch.inf)
     indices = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
-    # One buffer for all products: touching fresh memory costs as much as the arithmetic.
-    buffer = queries.new_empty(SLABS * min(QUERY_BLOCK, len(queries)) * SLAB)
     for start in range(0, len(bank), SLABS * SLAB):
-        rows = bank[start : start + SLABS * SLAB].to(queries).split(SLAB)
-        norms = squares[start : start + SLABS * SLAB].split(SLAB)
-        offsets = start + SLAB * torch.arange(len(rows), device=queries.device)[:, None]
+        rows = bank[start : start + SLABS * SLAB].to(queries)
+        norms = squares[start : start + SLABS * SLAB, None]
         for part in range(0, len(queries), QUERY_BLOCK):
             block = slice(part, part + QUERY_BLOCK)
-            count = len(queries[block])
-            keys = buffer[: len(rows) * count * SLAB].view(len(rows), count, SLAB)  # (S, P, 512)
-            if len(rows[-1]) < SLAB:
-                keys[-1] = torch.inf  # what the last slab does not fill never wins
-            for slab, norm, out in zip(rows, norms, keys, strict=True):
-                torch.addmm(norm, queries[block], slab.T, alpha=-2, out=out[:, : len(slab)])
+            keys = dot_products(rows, queries[block])  # (up to 16 * 512 rows, P queries)
+            torch.sub(norms, keys, alpha=2, out=keys)
+            if len(rows) % SLAB:  # what the last slab does not fill never wins
+                keys = torch.nn.functional.pad(keys, (0, 0, 0, -len(rows) % SLAB), value=torch.inf)
+            keys = keys.view(-1, SLAB, keys.shape[1])  # (S, 512, P): S slabs of 512 rows
             # The k smallest keys of a query lie in the k columns (one key per slab) with the
             # smallest minima: were one elsewhere, each of those k minima would be smaller still.
-            minima = keys.amin(0)  # (P, 512)
-            _, columns = minima.topk(min(k, SLAB), dim=1, largest=False, sorted=False)
-            found = keys.gather(2, columns.expand(len(rows), -1, -1)).transpose(0, 1).flatten(1)
-            places = (columns[:, None] + offsets).flatten(1)  # (P, S * k) rows of the bank
+            minima = keys.amin(0).T.contiguous()  # (P, 512)
+            columns = minima.topk(min(k, SLAB), dim=1, largest=False, sorted=False).indices
+            found = keys.gather(1, columns.T.expand(len(keys), -1, -1)).permute(2, 0, 1).flatten(1)
+            slabs = start + SLAB * torch.arange(len(keys), device=queries.device)[:, None]
+            places = (columns[:, None] + slabs).flatten(1)  # (P, S * k) rows of the bank
             best[block], chosen = torch.cat([best[block], found], 1).topk(k, largest=False)
             indices[block] = torch.cat([indices[block], places], 1).gather(1, chosen)
     return best, indices
+
+
+def dot_products(rows, queries):
+    """(R, D) and (P, D) -> (R, P): the matrix product rows queries^T."""
+    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+        return rows @ queries.T
+    # The same as a 1 x 1 convolution, rows as pixels and queries as filters: torch leaves those to
+    # oneDNN, which makes the whole search 12 % faster on two AMD cores than the product did.
+    pixels, filters = rows[None, :, None].permute(0, 3, 1, 2), queries[:, :, None, None]
+    return torch.nn.functional.conv2d(pixels, filters)[0, :, :, 0].T  # pixels: (1, D, R, 1)
 
 
 def measure(queries, bank, indices):

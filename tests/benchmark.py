@@ -64,10 +64,9 @@ def random_rows(rows, columns):
 
 def matrix_product(queries, bank):
     """The arithmetic that no exact search can do without, in blocks that stay in the cache."""
-    buffer = queries.new_empty(1024, 512) if DEVICE == "cpu" else queries.new_empty(4096, 8192)
-    for rows in bank.split(buffer.shape[1]):
-        for block in queries.split(buffer.shape[0]):
-            torch.mm(block, rows.T, out=buffer[: len(block), : len(rows)])
+    for rows in bank.split(8192):
+        for block in queries.split(512 if DEVICE == "cpu" else 4096):
+            common.dot_products(rows, block)
 
 
 def faiss_index(bank):
