@@ -755,7 +755,7 @@ def minimize(network: torch.nn.Module, loss_of, steps: int, learning_rate: float
 
 # ------------------------------------------------------------------ 4. nearest neighbors
 
-SLAB, SLABS, QUERY_BLOCK, SPARE = 512, 16, 512, 4
+SLAB, SLABS, QUERY_BLOCK, SPARE = 512, 32, 256, 4
 
 
 def nearest_neighbors(queries, bank, k=1, backend="auto"):
@@ -823,20 +823,21 @@ def search(queries, bank, squares, k):
         norms = squares[start : start + SLABS * SLAB, None]
         for part in range(0, len(queries), QUERY_BLOCK):
             block = slice(part, part + QUERY_BLOCK)
-            keys = dot_products(rows, queries[block])  # (up to 16 * 512 rows, P queries)
+            keys = dot_products(rows, queries[block])  # (up to 32 * 512 rows, P queries)
             torch.sub(norms, keys, alpha=2, out=keys)
             if len(rows) % SLAB:  # what the last slab does not fill never wins
                 keys = torch.nn.functional.pad(keys, (0, 0, 0, -len(rows) % SLAB), value=torch.inf)
             keys = keys.view(-1, SLAB, keys.shape[1])  # (S, 512, P): S slabs of 512 rows
             # The k smallest keys of a query lie in the k columns (one key per slab) with the
             # smallest minima: were one elsewhere, each of those k minima would be smaller still.
-            minima = keys.amin(0).T.contiguous()  # (P, 512)
+            minima = keys.amin(0).T  # (P, 512)
             columns = minima.topk(min(k, SLAB), dim=1, largest=False, sorted=False).indices
             found = keys.gather(1, columns.T.expand(len(keys), -1, -1)).permute(2, 0, 1).flatten(1)
             slabs = start + SLAB * torch.arange(len(keys), device=queries.device)[:, None]
             places = (columns[:, None] + slabs).flatten(1)  # (P, S * k) rows of the bank
             best[block], chosen = torch.cat([best[block], found], 1).topk(k, largest=False)
             indices[block] = torch.cat([indices[block], places], 1).gather(1, chosen)
+            del keys  # before the next block asks for as much: fresh memory costs time to touch
     return best, indices
 
 

@@ -1,5 +1,6 @@
 """Helpers of all tests: the scripts as modules, the command line, and a small practice pill."""
 
+import argparse
 import importlib
 import runpy
 import shutil
@@ -27,6 +28,15 @@ QUICK = {  # what keeps each method's own work short
     "knn": ["--neighbors", "3"],
     "patchcore": ["--coreset", "0.2", "--neighbors", "3"],
 }
+
+
+def options(**changes):
+    """What `parse_options` would return for a small run, to call a script's functions with."""
+    settings = {"weights": "random", "backbone": "resnet18", "device": "cpu", "seed": 0}
+    settings |= {"batch_size": 4, "load": None, "save": None, "method": "test", "crop": 64}
+    settings |= {"backend": "auto", "layers": ["layer2", "layer3"], "neighbors": 3, "coreset": 0.2}
+    settings |= {"steps": 30, "learning_rate": 2e-3, "latent": 8}
+    return argparse.Namespace(**settings | changes)
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,11 @@ import common
 def naive_greedy(features, size, first):
     """The definition: all distances, the farthest row next, the lowest of equals."""
     rows = np.asarray(features, dtype=np.float64)
-    picks, radii = [first], []
+    picks = [first]
     distance = ((rows - rows[first]) ** 2).sum(1)
     for _ in range(size - 1):
         distance[picks[-1]] = -1
         picks.append(int(distance.argmax()))
-        radii.append(distance.max())
         distance = np.minimum(distance, ((rows - rows[picks[-1]]) ** 2).sum(1))
     return picks
 

@@ -1,21 +1,14 @@
 """ResNet hooks against a forward pass written out, weights files, and the training helpers."""
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import options
 from PIL import Image
 from scipy import ndimage
 
 import common
-
-
-def options(**changes):
-    settings = {"weights": "random", "backbone": "resnet18", "device": "cpu", "seed": 0}
-    settings |= {"batch_size": 2, "load": None, "method": "test"}
-    return argparse.Namespace(**settings | changes)
 
 
 @pytest.fixture

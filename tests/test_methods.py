@@ -1,22 +1,13 @@
 """Each method's own mathematics: shapes, equations by hand, scikit-learn as the reference."""
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
+from conftest import options
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 import common
-
-
-def options(**changes):
-    settings = {"weights": "random", "backbone": "resnet18", "device": "cpu", "seed": 0}
-    settings |= {"batch_size": 4, "load": None, "save": None, "method": "test", "crop": 64}
-    settings |= {"backend": "auto", "layers": ["layer2", "layer3"], "neighbors": 3, "coreset": 0.2}
-    settings |= {"steps": 30, "learning_rate": 2e-3, "latent": 8}
-    return argparse.Namespace(**settings | changes)
 
 
 @pytest.fixture
@@ -29,12 +20,12 @@ def pixels(generator):
 
 def test_autoencoder_has_a_bottleneck_and_keeps_the_shape(scripts):
     network = scripts["autoencoder"].build_autoencoder(latent=8)
-    images = torch.rand(2, 3, 112, 112)
+    images = torch.rand(2, 3, 64, 64)
     widths = []
     for layer in network:
         images = layer(images)
         widths.append(images[0].numel())
-    assert images.shape == (2, 3, 112, 112)
+    assert images.shape == (2, 3, 64, 64)
     assert min(widths) == 8
 
 
@@ -47,16 +38,16 @@ def test_autoencoder_score_is_the_mean_squared_error(scripts, pixels, tmp_path):
         expected = ((images - network(images)) ** 2).flatten(1).mean(1)
     torch.testing.assert_close(scores, expected)
     assert maps.shape == (8, 64, 64)
-    assert drawings.shape == (8, 112, 112, 3)
+    assert drawings.shape == (8, 64, 64, 3)
 
 
 def test_jitter_moves_little_and_keeps_a_flat_image(scripts):
-    flat = torch.full((4, 3, 112, 112), 0.3)
+    flat = torch.full((4, 3, 64, 64), 0.3)
     torch.testing.assert_close(scripts["autoencoder"].jitter(flat), flat)
-    dot = torch.zeros(50, 1, 112, 112)
-    dot[:, :, 20:23, 55:58] = 1
-    rows = scripts["autoencoder"].jitter(dot)[:, 0].flatten(1).argmax(1) // 112
-    assert (rows - 21).abs().max() <= 6
+    dot = torch.zeros(50, 1, 64, 64)
+    dot[:, :, 11:14, 31:34] = 1
+    rows = scripts["autoencoder"].jitter(dot)[:, 0].flatten(1).argmax(1) // 64
+    assert (rows - 12).abs().max() <= 4
     assert len(rows.unique()) > 1
 
 
