@@ -176,8 +176,7 @@ def draw_coreset(patches, chosen, options) -> None:
         axis.set(xticks=[], yticks=[], title=f"the first {count:,} picks" if share < 1 else
                  f"the memory bank: {count:,} of {len(patches):,}")  # fmt: skip
     figure.colorbar(dots, ax=axes, label="order of the picks", shrink=0.8)
-    title = f"greedy coreset of patch features (gray), {common.weights_label(options)}"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"patch features (gray) and picks: {common.run_label(options)}", fontsize=11)
     common.save_figure(figure, options.out / "coreset.png")
 
 

@@ -1,8 +1,9 @@
 """What the four scripts share, in the order the data flows.
 
-1. options, seed, device      2. dataset and practice pill     3. ResNet features by forward hooks
-4. nearest neighbors          5. greedy coreset                6. metrics and threshold
+1. options, seed, device      2. dataset             3. ResNet features by forward hooks
+4. nearest neighbors          5. greedy coreset      6. metrics and threshold
 7. report: tables, files, figures, saved models, predictions
+appendix: the practice pill, drawn where there are no data
 
 Sections 4 and 5 are the heart of PatchCore: exact search and k-center greedy, without a library.
 """
@@ -51,6 +52,7 @@ class UserError(Exception):
 
 def run(main) -> None:
     """Calls `main()`. What a user can fix ends with exit code 2, Ctrl-C with 130: no traceback."""
+    sys.stdout.reconfigure(errors="surrogateescape")  # a file name in any encoding, as it is
     try:
         main()
         sys.stdout.flush()
@@ -166,7 +168,8 @@ def parse_options(method: str, description: str, add_options=lambda add: None):
                 f"{option} {given[name]}: {given['load']} was fitted with {settings[name]}: "
                 f"leave {option} out or fit again"
             )
-    options = argparse.Namespace(**{**defaults, **settings, **given}, method=method)
+    found_later = {"method": method, "demo": False, "fingerprint": None, "data_fingerprint": None}
+    options = argparse.Namespace(**{**found_later, **defaults, **settings, **given})
     check_options(options)
     SECONDS["start-up"] = time.process_time()  # of the processor, since Python started: imports
     torch.manual_seed(options.seed)
@@ -205,10 +208,9 @@ def check_options(options) -> None:
             raise UserError(f"--predict {path}: no such file or folder")
 
 
-# ------------------------------------------------------------------ 2. dataset and practice pill
+# ------------------------------------------------------------------ 2. dataset
 
 SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-DEFECTS = ["crack", "color", "contamination", "scratch", "faulty_imprint", "pill_type", "combined"]
 
 
 class Split(NamedTuple):
@@ -233,6 +235,8 @@ def read_image(path: Path, is_mask=False) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
+            if max(file.size) > 100 * min(file.size):  # would be huge once its short side is 256
+                raise ValueError("{} x {} pixels: too thin".format(*file.size))
             image = ImageOps.exif_transpose(file)
             if is_mask:
                 values = np.atleast_3d(np.asarray(image))[..., :3] != 0
@@ -334,244 +338,6 @@ def load_split(paths: list[Path], root: Path, options) -> Split:
     return Split(paths, [path.parent.name for path in paths], pixels, masks if has_masks else None)
 
 
-class Pill(NamedTuple):
-    """A pill being drawn, in its own frame: x from -1 to 1 along its length, y to scale."""
-
-    random: np.random.Generator
-    severity: float  # of its defect, from 0.35 (subtle) to 1 (plain)
-    to_pixels: object  # points (P, 2) -> pixel coordinates (P, 2)
-    grid: np.ndarray  # (2, S, S) pixel coordinates x, y
-    outline: np.ndarray  # (S, S) from 0 to 1, where the pill is
-    surface: np.ndarray  # (S, S, 3) color of the material
-    height: np.ndarray  # (S, S) relief in pixels, gives the shading
-    mask: np.ndarray  # (S, S) from 0 to 1, where it is defective
-
-    def paint(self, where, color, opacity):
-        """Blends a defect's color into the surface, and marks it; `where` is (S, S), 0 to 1."""
-        alpha = opacity * where[..., None]
-        self.surface[:] = self.surface * (1 - alpha) + np.array(color) * alpha
-        np.maximum(self.mask, where, out=self.mask)
-
-    def anywhere(self, spread):
-        """A random point (2,) within `spread` of the pill's radius."""
-        radius, angle = spread * self.random.uniform() ** 0.5, self.random.uniform(0, 2 * np.pi)
-        return radius * np.array([np.cos(angle), PILL_ASPECT * np.sin(angle)])
-
-
-PILL_SIZE, PILL_LENGTH, PILL_ASPECT = 320, 128, 0.61  # image side and half length in pixels
-IMPRINT = [  # the letters FF, stroke by stroke
-    stroke
-    for x in (-0.22, 0.06)
-    for stroke in (
-        [(x, -0.19), (x, 0.19)], [(x, -0.19), (x + 0.18, -0.19)], [(x, -0.01), (x + 0.13, -0.01)],
-    )
-]  # fmt: skip
-
-
-def draw_practice_pill(folder: Path, seed=0, train=60, good=20, per_defect=6) -> None:
-    """Draws a seeded dataset in MVTec layout, after MVTec AD's pill, for a first run without data.
-
-    The folder appears when it is complete. Seeds are per image: more images keep the first ones.
-    """
-    counts = {"train/good": train, "test/good": good}
-    counts |= {f"test/{defect}": per_defect for defect in DEFECTS}
-    jobs = [
-        (seed, number, name, i) for number, (name, n) in enumerate(counts.items()) for i in range(n)
-    ]
-
-    def draw(job):
-        *entropy, name, i = job
-        image, mask = pill_image(np.random.default_rng([*entropy, i]), name.split("/")[1])
-        Image.fromarray(image).save(partial / name / f"{i:03d}.png")
-        if name.split("/")[1] != "good":
-            target = partial / name.replace("test", "ground_truth") / f"{i:03d}_mask.png"
-            Image.fromarray(np.uint8(255) * mask).save(target)
-
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        for name in [*counts, *(f"ground_truth/{defect}" for defect in DEFECTS)]:
-            (partial / name).mkdir(parents=True)
-        with ThreadPool() as pool:
-            for _ in progress(pool.imap(draw, jobs), "draw the practice pill", total=len(jobs)):
-                pass
-        partial.rename(folder)
-    except OSError as error:
-        reason = f"cannot be drawn ({error.strerror}): work in a folder that can be written to"
-        raise UserError(f"{folder}: {reason}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def pill_image(random: np.random.Generator, defect="good") -> tuple[np.ndarray, np.ndarray]:
-    """One photograph of a pill: image (S, S, 3) uint8 and defect mask (S, S) bool."""
-    size, length, width = PILL_SIZE, PILL_LENGTH, PILL_LENGTH * PILL_ASPECT
-    center, angle = size / 2 + random.normal(0, 2.6, 2), np.radians(random.normal(0, 2.0))
-    zoom = length * random.normal(1, 0.012)
-    turn = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    grid = np.mgrid[:size, :size][::-1] + 0.5
-    u, v = np.einsum("ij,jhw->ihw", np.linalg.inv(turn), grid - center[:, None, None])
-    radius = (np.abs(u) ** 2.3 + np.abs(v / PILL_ASPECT) ** 2.3) ** (1 / 2.3)
-    outline = np.clip((1 - radius) * width + 0.5, 0, 1)  # antialiased
-
-    dome = 61 * np.sqrt(1 - np.minimum(radius, 1) ** 3.5)
-    grain = 0.10 * smooth_noise(random, 1.5) + 0.12 * smooth_noise(random, 6)
-    cream = np.array([0.90, 0.87, 0.81]) * (1 + 0.012 * smooth_noise(random, 14))[..., None]
-    pill = Pill(random, random.uniform(0.35, 1.0), lambda points: center + points @ turn.T, grid,
-                outline, cream, dome + grain, np.zeros((size, size)))  # fmt: skip
-    found = random.choice(DEFECTS[:5], 2, replace=False) if defect == "combined" else [defect]
-    red = np.array([0.66, 0.17, 0.20])
-    speckle_color = draw_other_type(pill, red) if "pill_type" in found else red
-    draw_imprint(pill, "faulty_imprint" in found)
-    draw_speckles(pill, speckle_color)
-    for kind, draw in {"color": draw_stain, "contamination": draw_dirt, "scratch": draw_scratches,
-                       "crack": draw_crack}.items():  # fmt: skip
-        if kind in found:
-            draw(pill)
-    return photograph(pill), pill.mask > 0.3
-
-
-def smooth_noise(random, sigma: float) -> np.ndarray:
-    """(S, S) Gaussian noise of unit variance, correlated over `sigma` pixels."""
-    noise = ndimage.gaussian_filter(random.standard_normal((PILL_SIZE, PILL_SIZE)), sigma)
-    return noise / noise.std()
-
-
-def strokes(pill: Pill, lines, width: float) -> np.ndarray:
-    """(S, S) from 0 to 1: polylines in the pill's frame, round ends, `width` in pixels."""
-    canvas = Image.new("L", (4 * PILL_SIZE, 4 * PILL_SIZE))  # four times as large, then averaged
-    pen = ImageDraw.Draw(canvas)
-    for line in lines:
-        points = 4 * pill.to_pixels(np.asarray(line))
-        pen.line([tuple(p) for p in points], fill=255, width=round(4 * width), joint="curve")
-        for x, y in (points[0], points[-1]):
-            pen.ellipse((x - 2 * width, y - 2 * width, x + 2 * width, y + 2 * width), fill=255)
-    return np.asarray(canvas.resize((PILL_SIZE, PILL_SIZE), Image.Resampling.BOX)) / 255
-
-
-def draw_other_type(pill: Pill, red) -> np.ndarray:
-    """Another product of the same shape: a tint, and speckles (their color is returned) not red."""
-    other = [(0.85, 0.66, 0.15), (0.25, 0.40, 0.62), (0.30, 0.50, 0.25)][pill.random.integers(3)]
-    pill.paint(pill.outline, other, 0.10 * pill.severity)
-    return red + pill.severity * (other - red)
-
-
-def draw_imprint(pill: Pill, faulty: bool) -> None:
-    """Presses FF into the pill; faulty: strokes missing, struck twice, or slanted."""
-    random, lines = pill.random, IMPRINT
-    expected = strokes(pill, lines, 7)
-    kind = random.integers(3)
-    if faulty and kind == 0:
-        lines = [lines[i] for i in random.permutation(6)[round(1 + 3 * pill.severity) :]]
-    elif faulty and kind == 1:
-        shift = random.choice([-1, 1], 2) * random.uniform(0.03, 0.06 + 0.06 * pill.severity, 2)
-        lines = lines + [line + shift for line in np.array(lines)]
-    elif faulty:
-        slant = random.choice([-1, 1]) * (0.2 + 0.5 * pill.severity)
-        lines = [[(x + slant * y, y + slant * x) for x, y in line] for line in lines]
-    imprint = strokes(pill, lines, 7)
-    pill.height[:] -= 3.2 * ndimage.gaussian_filter(imprint, 1.3)
-    pill.paint(np.abs(imprint - expected), (0, 0, 0), 0)  # marks the difference, no more
-
-
-def draw_speckles(pill: Pill, color) -> None:
-    for _ in range(pill.random.poisson(75)):
-        center = pill.to_pixels(pill.anywhere(0.98))
-        left, top = np.maximum(center.astype(int) - 8, 0)
-        window = (slice(top, top + 17), slice(left, left + 17))  # a speckle is small: work there
-        stretch, spot = pill.random.uniform(0.7, 1.4), pill.random.lognormal(0.15, 0.45)
-        x, y = pill.grid[(slice(None), *window)] - center[:, None, None]
-        where = np.clip(spot + 0.7 - np.hypot(x * stretch, y / stretch), 0, 1)
-        alpha = pill.random.uniform(0.25, 0.9) * where[..., None]
-        pill.surface[window] += alpha * (color - pill.surface[window])
-
-
-def blob(pill: Pill, radius: float, ragged: float) -> np.ndarray:
-    """(S, S) from 0 to 1: a spot of `radius` pixels somewhere on the pill."""
-    random = pill.random
-    x, y = pill.grid - pill.to_pixels(pill.anywhere(0.7))[:, None, None]
-    distance = np.hypot(x * random.uniform(0.7, 1.2), y * random.uniform(0.7, 1.2))
-    distance += ragged * radius * smooth_noise(random, 0.6 * radius + 1)
-    return np.clip((radius - distance) / 3 + 0.5, 0, 1)
-
-
-def draw_stain(pill: Pill) -> None:
-    """A soft discoloration."""
-    random = pill.random
-    tint = [(0.80, 0.62, 0.30), (0.72, 0.35, 0.36), (0.62, 0.60, 0.66)][random.integers(3)]
-    where = ndimage.gaussian_filter(blob(pill, random.uniform(11, 29), 0.25), 2)
-    pill.paint(where, tint, 0.25 + 0.6 * pill.severity)
-
-
-def draw_dirt(pill: Pill) -> None:
-    """One to three specks of dirt that stand out from the surface."""
-    random = pill.random
-    dirt = [(0.22, 0.17, 0.12), (0.45, 0.36, 0.22), (0.30, 0.32, 0.36)][random.integers(3)]
-    specks = [blob(pill, random.uniform(4, 11), 0.4) for _ in range(random.integers(1, 4))]
-    where = np.maximum.reduce(specks)
-    pill.paint(where, dirt, 0.45 + 0.5 * pill.severity)
-    pill.height[:] += 2 * ndimage.gaussian_filter(where, 1.5)
-
-
-def carve(pill: Pill, lines, width: float, darkness: float, depth: float) -> None:
-    where = strokes(pill, lines, width) * pill.outline
-    pill.paint(where, (0, 0, 0), darkness)
-    pill.height[:] -= depth * ndimage.gaussian_filter(where, 0.8)
-    np.maximum(pill.mask, ndimage.grey_dilation(where, 3), out=pill.mask)  # a pixel to each side
-
-
-def draw_scratches(pill: Pill) -> None:
-    """One to three shallow scratches side by side."""
-    random, severity = pill.random, pill.severity
-    start, heading, lines = pill.anywhere(0.5), random.uniform(0, 2 * np.pi), []
-    for _ in range(random.integers(1, 4)):
-        angle = heading + random.normal(0, 0.08)
-        along = np.array([np.cos(angle), np.sin(angle)])
-        t = np.linspace(-0.5, 0.5, 12)[:, None] * random.uniform(0.25, 0.7)
-        bend = random.normal(0, 0.25) * t**2 * along[::-1] * (-1, 1)
-        lines.append(start + random.normal(0, 0.05, 2) + t * along + bend)
-    carve(pill, lines, random.uniform(1.2, 2.4), 0.08 + 0.25 * severity, 1 + 2.5 * severity)
-
-
-def draw_crack(pill: Pill) -> None:
-    """A dark, jagged crack from the edge inward; every other one forks."""
-
-    def walk(start, angles):
-        return start + 0.055 * np.cumsum(np.stack([np.cos(angles), np.sin(angles)], 1), 0)
-
-    random, severity = pill.random, pill.severity
-    angle = random.uniform(0, 2 * np.pi)
-    edge = 1.02 * np.array([np.cos(angle), PILL_ASPECT * np.sin(angle)])
-    inward = np.arctan2(*-edge[::-1]) + random.normal(0, 0.35)
-    path = walk(edge, inward + random.normal(0, 0.55, random.integers(6, 16)))
-    middle = path[len(path) // 2]
-    fork = walk(middle, inward + random.choice([-1, 1]) * random.uniform(0.5, 0.9, 4))
-    lines = [[edge, *path], [middle, *fork]][: random.integers(1, 3)]
-    carve(pill, lines, random.uniform(1.3, 1.8 + 1.6 * severity), 0.45 + 0.4 * severity, 2.5)
-
-
-def photograph(pill: Pill) -> np.ndarray:
-    """(S, S, 3) uint8: shading from the relief, a dark ground, and a camera's blur and noise."""
-    random, outline = pill.random, pill.outline
-    dy, dx = np.gradient(ndimage.gaussian_filter(pill.height, 0.6))
-    normal = np.stack([-dx, -dy, np.ones_like(dx)])
-    normal /= np.linalg.norm(normal, axis=0)
-    light = np.array([-0.42, -0.55, 0.90]) + random.normal(0, 0.035, 3)
-    light /= np.linalg.norm(light)
-    halfway = light + np.array([0, 0, 1])  # between the light and the camera above
-    halfway /= np.linalg.norm(halfway)
-    diffuse, gloss = (np.clip(np.einsum("i,ihw->hw", v, normal), 0, 1) for v in (light, halfway))
-    shaded = pill.surface * (0.2 + 0.8 * diffuse)[..., None] + 0.07 * gloss[..., None] ** 40
-
-    shadow = ndimage.gaussian_filter(ndimage.shift(outline, (6, 5), order=1), 10)
-    ground = 0.085 + 0.02 * pill.grid.mean(0) / PILL_SIZE + 0.004 * smooth_noise(random, 3)
-    ground = (ground * (1 - 0.6 * shadow))[..., None] * (0.95, 1.0, 1.1)
-    image = ground + outline[..., None] * (shaded - ground)
-    image = ndimage.gaussian_filter(image, (0.65, 0.65, 0)) * random.normal(1, 0.025)
-    image *= 1 + random.normal(0, 0.008, 3)  # white balance
-    image += random.normal(0, 1, image.shape) * (0.006 + 0.01 * np.sqrt(np.clip(image, 0, 1)))
-    return (np.clip(image, 0, 1) ** 0.9 * 255).round().astype(np.uint8)
-
-
 # ------------------------------------------------------------------ 3. ResNet features
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -594,7 +360,7 @@ def load_resnet(options) -> torch.nn.Module:
             resnet = build(weights="IMAGENET1K_V1", progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # no network; or a damaged download
             ways = "give a downloaded file with --weights FILE.pth, or try --weights random"
-            if not getattr(options, "demo", False) or options.load:
+            if not options.demo or options.load:
                 raise UserError(f"--weights imagenet: download failed ({error}): {ways}") from None
             warn(
                 f"the ImageNet weights cannot be downloaded ({error}): this demonstration goes on "
@@ -610,7 +376,7 @@ def load_resnet(options) -> torch.nn.Module:
     digest = hashlib.sha256()
     for tensor in resnet.state_dict().values():
         digest.update(tensor.numpy().tobytes())
-    expected, options.fingerprint = getattr(options, "fingerprint", None), digest.hexdigest()[:16]
+    expected, options.fingerprint = options.fingerprint, digest.hexdigest()[:16]
     if expected not in (None, options.fingerprint):
         raise UserError(
             f"--weights {options.weights}: not the weights that {options.load} was fitted with "
@@ -745,11 +511,8 @@ def minimize(network: torch.nn.Module, loss_of, steps: int, learning_rate: float
     network.eval()
     figure, axis = pyplot.subplots(figsize=(6, 3), layout="constrained")
     axis.semilogy(torch.stack(losses).cpu(), color="black", linewidth=0.7)
-    axis.set(
-        xlabel="step",
-        ylabel="training loss (MSE)",
-        title=f"{options.method}, {weights_label(options)}",
-    )
+    axis.set(xlabel="step", ylabel="training loss (MSE)")
+    axis.set_title(run_label(options), fontsize=11)
     save_figure(figure, options.out / "loss.png")
 
 
@@ -1209,13 +972,11 @@ def report(options, model, test: Split, judge) -> None:
         metrics["fit_seconds"] = model["fit_seconds"]
         metrics["ms_per_image"] = 1000 * seconds / len(scores)
         write_files(options, test, scores, metrics)
-        with stage("figures"), progress(total=3, description="figures") as bar:
+        with stage("figures"):
             draw_scores(options, test.labels, scores)
-            bar.update()
             draw_examples(options, model, test, scores, maps, panels)
-            bar.update()
             runs = comparable_runs(options, metrics)
-            draw_methods(options, metrics, runs)
+            draw_methods(options, test, runs)
         show_tables(options, metrics, runs)
     if options.predict:
         predict(options, model, judge)
@@ -1262,28 +1023,34 @@ def evaluate(options, test: Split, scores, maps) -> dict:
         "per_defect": per_defect,
         "threshold": threshold,
         "weights": weights_label(options),
-        "fingerprint": getattr(options, "fingerprint", None),
+        "fingerprint": options.fingerprint,
         "data_fingerprint": options.data_fingerprint,
         "settings": vars(options),
     }
 
 
 def weights_label(options) -> str:
-    if getattr(options, "fingerprint", None) is None:
+    if options.fingerprint is None:
         return "no pretrained weights"
     names = {"imagenet": "ImageNet weights", "random": "random weights"}
     return names.get(options.weights, f"weights {Path(options.weights).name}")
 
 
 def run_label(options) -> str:
-    return f"{options.method} on {options.data.resolve().name}, {weights_label(options)}"
+    return drawable(f"{options.method} on {options.data.resolve().name}, {weights_label(options)}")
+
+
+def drawable(name: str) -> str:
+    """A name as matplotlib can draw it: dollars start no formula, undecodable bytes become "?"."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def write_files(options, test: Split, scores, metrics: dict) -> None:
     """scores.csv and metrics.json, each whole or not at all."""
     names = np.array(["normal", "defect"])
     columns = test.paths, names[test.labels.astype(int)], scores
-    with atomic(options.out / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
+    form = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with atomic(options.out / "scores.csv") as temporary, open(temporary, "w", **form) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "score", "predicted"])
         for path, label, score in zip(*columns, strict=True):
@@ -1437,23 +1204,39 @@ def picture_grid(title, columns, rows):
     """A figure of pictures: rows is [(label, [(caption, (h, w, 3) uint8), ...]), ...]."""
     side = min(1.45, 10.5 / len(columns))  # inches
     width, height = 1.3 + side * len(columns) + 0.9, 0.65 + side * len(rows) + 0.1
-    figure = pyplot.figure(figsize=(width, height))
+    edges = {"left": 1.3 / width, "right": 1 - 0.9 / width, "bottom": 0.1 / height}
+    edges |= {"top": 1 - 0.65 / height, "wspace": 0.03, "hspace": 0.03}
+    figure, axes = pyplot.subplots(
+        len(rows), len(columns), figsize=(width, height), squeeze=False, gridspec_kw=edges
+    )
     figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top")
-    for r, (label, cells) in enumerate(rows):
-        bottom = 0.1 + side * (len(rows) - 1 - r)
-        figure.text(1.2 / width, (bottom + side / 2) / height, label, ha="right", va="center")
-        for c, (caption, picture) in enumerate(cells):
-            box = np.array([1.3 + side * c, bottom, 0.97 * side, 0.97 * side])
-            axis = figure.add_axes(box / (width, height, width, height))
+    dark = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 1.5}
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column, fontsize=9)
+    for line, (label, cells) in zip(axes, rows, strict=True):
+        line[0].text(-0.08, 0.5, label, ha="right", va="center", transform=line[0].transAxes)
+        for axis in line:
             axis.axis("off")
+        for axis, (caption, picture) in zip(line, cells, strict=False):
             axis.imshow(picture)
-            if r == 0:
-                axis.set_title(columns[c], fontsize=9)
             if caption:
-                dark = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 1.5}
                 axis.text(0.03, 0.96, caption, color="white", fontsize=8, va="top", bbox=dark,
                           transform=axis.transAxes)  # fmt: skip
     return figure
+
+
+def first_of_each_type(test: Split) -> dict[str, int]:
+    """The first image of each defect type, by type; "good" comes last."""
+    kinds = sorted(set(test.defects), key=lambda kind: (kind == "good", kind))
+    return {kind: test.defects.index(kind) for kind in kinds}
+
+
+def ground_truth(test: Split, i: int) -> np.ndarray:
+    """(crop, crop, 3) uint8: image i, its defects outlined where there is a mask."""
+    image = test.pixels[i].permute(1, 2, 0).numpy().copy()
+    if test.masks is not None:
+        image[outline(test.masks[i].numpy())] = (0, 255, 0)
+    return image
 
 
 def draw_examples(options, model, test: Split, scores, maps, panels) -> None:
@@ -1461,24 +1244,20 @@ def draw_examples(options, model, test: Split, scores, maps, panels) -> None:
 
     strip.png: the last picture of each type's first image, for `draw_methods`.
     """
-    kinds = sorted(set(test.defects), key=lambda kind: (kind == "good", kind))
 
     def shown(i):
-        image = test.pixels[i].permute(1, 2, 0).numpy()
-        truth = image.copy()
-        if test.masks is not None:
-            truth[outline(test.masks[i].numpy())] = (0, 255, 0)
         caption = f"{scores[i]:.3g} {verdict(options, scores[i])}"
+        image, truth = test.pixels[i].permute(1, 2, 0).numpy(), ground_truth(test, i)
         own = pictures(options, model, test.pixels[i], i, maps, panels)
         return [("image", caption, image), ("ground truth", "", truth), *own]
 
-    examples = {}
-    for kind in kinds:
+    examples, firsts = {}, first_of_each_type(test)
+    for kind in firsts:
         of_kind = np.flatnonzero(np.array(test.defects) == kind)
         cells = shown(of_kind[scores[of_kind].argmax()])
         if len(of_kind) > 1:
             cells += shown(of_kind[scores[of_kind].argmin()])
-        examples[kind.replace("_", "\n")] = cells
+        examples[drawable(kind).replace("_", "\n")] = cells
     columns = [title for title, *_ in max(examples.values(), key=len)]
     rows = [(kind, [cell[1:] for cell in cells]) for kind, cells in examples.items()]
     figure = picture_grid(f"{run_label(options)}: highest and lowest score by type", columns, rows)
@@ -1491,32 +1270,33 @@ def draw_examples(options, model, test: Split, scores, maps, panels) -> None:
         bar.set_label("anomaly map (white: threshold)", fontsize=8)
         bar.ax.tick_params(labelsize=8)
     save_figure(figure, options.out / "examples.png")
-    firsts = [shown(test.defects.index(kind)) for kind in kinds]
-    for name, column in [("strip.png", -1), ("truth.png", 1)]:
-        parts = [Image.fromarray(cells[column][2]).resize((224, 224)) for cells in firsts]
-        with atomic(options.out / name) as temporary:
-            Image.fromarray(np.hstack(parts)).save(temporary, "PNG")
+    parts = [shown(i)[-1][2] for i in firsts.values()]
+    save_strip(parts, 224, options.out / "strip.png")
 
 
-def draw_methods(options, metrics: dict, runs: list[dict]) -> None:
+def save_strip(parts, side: int, path: Path) -> None:
+    """Pictures (h, w, 3) uint8 as one file, side by side, each `side` pixels wide and high."""
+    resized = [Image.fromarray(part).resize((side, side)) for part in parts]
+    with atomic(path) as temporary:
+        Image.fromarray(np.hstack(resized)).save(temporary, "PNG")
+
+
+def draw_methods(options, test: Split, runs: list[dict]) -> None:
     """methods.png: every comparable method's picture of the same images, one below the other."""
-    kinds = [*metrics["per_defect"], "good"]
-
-    def cells(path):
-        strip = np.asarray(Image.open(path))
-        return [("", part) for part in np.split(strip, strip.shape[1] // 224, axis=1)]
-
-    rows = [("ground truth", cells(options.out / "truth.png"))]
+    firsts = first_of_each_type(test)
+    rows = [("ground truth", [("", ground_truth(test, i)) for i in firsts.values()])]
     for run in runs:
         path = options.out.parent / run["method"] / "strip.png"
         if path.is_file():
-            figure = run["image_auroc"]
+            auroc = run["image_auroc"]
             label = [run["method"], run["weights"].replace("no pretrained", "no")]
-            label += [] if figure is None else [f"AUROC {figure:.3f}"]
-            rows.append(("\n".join(label), cells(path)))
+            label += [] if auroc is None else [f"AUROC {auroc:.3f}"]
+            parts = np.split(np.asarray(Image.open(path)), len(firsts), axis=1)
+            rows.append((drawable("\n".join(label)), [("", part) for part in parts]))
     title = f"all methods so far on {options.data.resolve().name}, first image of each type"
-    titles = [kind.replace("_", " ") for kind in kinds][: len(rows[0][1])]
-    save_figure(picture_grid(title, titles, rows), options.out.parent / "methods.png")
+    columns = [drawable(kind).replace("_", " ") for kind in firsts]
+    figure = picture_grid(drawable(title), columns, rows)
+    save_figure(figure, options.out.parent / "methods.png")
 
 
 def predict(options, model, judge) -> None:
@@ -1568,6 +1348,247 @@ def save_prediction(options, path: Path, pixels, shown) -> None:
     base = Path.cwd() if absolute.is_relative_to(Path.cwd()) else absolute.anchor
     target = options.out / "predictions" / f"{absolute.relative_to(base)}.png"
     parts = [pixels.permute(1, 2, 0).numpy(), *(picture for *_, picture in shown)]
-    parts = [Image.fromarray(part).resize((options.crop, options.crop)) for part in parts]
-    with atomic(target) as temporary:
-        Image.fromarray(np.hstack(parts)).save(temporary, "PNG")
+    save_strip(parts, options.crop, target)
+
+
+# ------------------------------------------------------------------ appendix: the practice pill
+
+DEFECTS = ["crack", "color", "contamination", "scratch", "faulty_imprint", "pill_type", "combined"]
+
+
+class Pill(NamedTuple):
+    """A pill being drawn, in its own frame: x from -1 to 1 along its length, y to scale."""
+
+    random: np.random.Generator
+    severity: float  # of its defect, from 0.35 (subtle) to 1 (plain)
+    to_pixels: object  # points (P, 2) -> pixel coordinates (P, 2)
+    grid: np.ndarray  # (2, S, S) pixel coordinates x, y
+    outline: np.ndarray  # (S, S) from 0 to 1, where the pill is
+    surface: np.ndarray  # (S, S, 3) color of the material
+    height: np.ndarray  # (S, S) relief in pixels, gives the shading
+    mask: np.ndarray  # (S, S) from 0 to 1, where it is defective
+
+    def paint(self, where, color, opacity):
+        """Blends a defect's color into the surface, and marks it; `where` is (S, S), 0 to 1."""
+        alpha = opacity * where[..., None]
+        self.surface[:] = self.surface * (1 - alpha) + np.array(color) * alpha
+        np.maximum(self.mask, where, out=self.mask)
+
+    def anywhere(self, spread):
+        """A random point (2,) within `spread` of the pill's radius."""
+        radius, angle = spread * self.random.uniform() ** 0.5, self.random.uniform(0, 2 * np.pi)
+        return radius * np.array([np.cos(angle), PILL_ASPECT * np.sin(angle)])
+
+
+PILL_SIZE, PILL_LENGTH, PILL_ASPECT = 320, 128, 0.61  # image side and half length in pixels
+IMPRINT = [  # the letters FF, stroke by stroke
+    stroke
+    for x in (-0.22, 0.06)
+    for stroke in (
+        [(x, -0.19), (x, 0.19)], [(x, -0.19), (x + 0.18, -0.19)], [(x, -0.01), (x + 0.13, -0.01)],
+    )
+]  # fmt: skip
+
+
+def draw_practice_pill(folder: Path, seed=0, train=60, good=20, per_defect=6) -> None:
+    """Draws a seeded dataset in MVTec layout, after MVTec AD's pill, for a first run without data.
+
+    The folder appears when it is complete. Seeds are per image: more images keep the first ones.
+    """
+    counts = {"train/good": train, "test/good": good}
+    counts |= {f"test/{defect}": per_defect for defect in DEFECTS}
+    jobs = [
+        (seed, number, name, i) for number, (name, n) in enumerate(counts.items()) for i in range(n)
+    ]
+
+    def draw(job):
+        *entropy, name, i = job
+        image, mask = pill_image(np.random.default_rng([*entropy, i]), name.split("/")[1])
+        Image.fromarray(image).save(partial / name / f"{i:03d}.png")
+        if name.split("/")[1] != "good":
+            target = partial / name.replace("test", "ground_truth") / f"{i:03d}_mask.png"
+            Image.fromarray(np.uint8(255) * mask).save(target)
+
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        for name in [*counts, *(f"ground_truth/{defect}" for defect in DEFECTS)]:
+            (partial / name).mkdir(parents=True)
+        with ThreadPool() as pool:
+            for _ in progress(pool.imap(draw, jobs), "draw the practice pill", total=len(jobs)):
+                pass
+        partial.rename(folder)
+    except OSError as error:
+        reason = f"cannot be drawn ({error.strerror}): work in a folder that can be written to"
+        raise UserError(f"{folder}: {reason}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def pill_image(random: np.random.Generator, defect="good") -> tuple[np.ndarray, np.ndarray]:
+    """One photograph of a pill: image (S, S, 3) uint8 and defect mask (S, S) bool."""
+    size, length, width = PILL_SIZE, PILL_LENGTH, PILL_LENGTH * PILL_ASPECT
+    center, angle = size / 2 + random.normal(0, 2.6, 2), np.radians(random.normal(0, 2.0))
+    zoom = length * random.normal(1, 0.012)
+    turn = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    grid = np.mgrid[:size, :size][::-1] + 0.5
+    u, v = np.einsum("ij,jhw->ihw", np.linalg.inv(turn), grid - center[:, None, None])
+    radius = (np.abs(u) ** 2.3 + np.abs(v / PILL_ASPECT) ** 2.3) ** (1 / 2.3)
+    outline = np.clip((1 - radius) * width + 0.5, 0, 1)  # antialiased
+
+    dome = 61 * np.sqrt(1 - np.minimum(radius, 1) ** 3.5)
+    grain = 0.10 * smooth_noise(random, 1.5) + 0.12 * smooth_noise(random, 6)
+    cream = np.array([0.90, 0.87, 0.81]) * (1 + 0.012 * smooth_noise(random, 14))[..., None]
+    pill = Pill(random, random.uniform(0.35, 1.0), lambda points: center + points @ turn.T, grid,
+                outline, cream, dome + grain, np.zeros((size, size)))  # fmt: skip
+    found = random.choice(DEFECTS[:5], 2, replace=False) if defect == "combined" else [defect]
+    red = np.array([0.66, 0.17, 0.20])
+    speckle_color = draw_other_type(pill, red) if "pill_type" in found else red
+    draw_imprint(pill, "faulty_imprint" in found)
+    draw_speckles(pill, speckle_color)
+    for kind, draw in {"color": draw_stain, "contamination": draw_dirt, "scratch": draw_scratches,
+                       "crack": draw_crack}.items():  # fmt: skip
+        if kind in found:
+            draw(pill)
+    return photograph(pill), pill.mask > 0.3
+
+
+def smooth_noise(random, sigma: float) -> np.ndarray:
+    """(S, S) Gaussian noise of unit variance, correlated over `sigma` pixels."""
+    noise = ndimage.gaussian_filter(random.standard_normal((PILL_SIZE, PILL_SIZE)), sigma)
+    return noise / noise.std()
+
+
+def strokes(pill: Pill, lines, width: float) -> np.ndarray:
+    """(S, S) from 0 to 1: polylines in the pill's frame, round ends, `width` in pixels."""
+    canvas = Image.new("L", (4 * PILL_SIZE, 4 * PILL_SIZE))  # four times as large, then averaged
+    pen = ImageDraw.Draw(canvas)
+    for line in lines:
+        points = 4 * pill.to_pixels(np.asarray(line))
+        pen.line([tuple(p) for p in points], fill=255, width=round(4 * width), joint="curve")
+        for x, y in (points[0], points[-1]):
+            pen.ellipse((x - 2 * width, y - 2 * width, x + 2 * width, y + 2 * width), fill=255)
+    return np.asarray(canvas.resize((PILL_SIZE, PILL_SIZE), Image.Resampling.BOX)) / 255
+
+
+def draw_other_type(pill: Pill, red) -> np.ndarray:
+    """Another product of the same shape: a tint, and speckles (their color is returned) not red."""
+    other = [(0.85, 0.66, 0.15), (0.25, 0.40, 0.62), (0.30, 0.50, 0.25)][pill.random.integers(3)]
+    pill.paint(pill.outline, other, 0.10 * pill.severity)
+    return red + pill.severity * (other - red)
+
+
+def draw_imprint(pill: Pill, faulty: bool) -> None:
+    """Presses FF into the pill; faulty: strokes missing, struck twice, or slanted."""
+    random, lines = pill.random, IMPRINT
+    expected = strokes(pill, lines, 7)
+    kind = random.integers(3)
+    if faulty and kind == 0:
+        lines = [lines[i] for i in random.permutation(6)[round(1 + 3 * pill.severity) :]]
+    elif faulty and kind == 1:
+        shift = random.choice([-1, 1], 2) * random.uniform(0.03, 0.06 + 0.06 * pill.severity, 2)
+        lines = lines + [line + shift for line in np.array(lines)]
+    elif faulty:
+        slant = random.choice([-1, 1]) * (0.2 + 0.5 * pill.severity)
+        lines = [[(x + slant * y, y + slant * x) for x, y in line] for line in lines]
+    imprint = strokes(pill, lines, 7)
+    pill.height[:] -= 3.2 * ndimage.gaussian_filter(imprint, 1.3)
+    pill.paint(np.abs(imprint - expected), (0, 0, 0), 0)  # marks the difference, no more
+
+
+def draw_speckles(pill: Pill, color) -> None:
+    for _ in range(pill.random.poisson(75)):
+        center = pill.to_pixels(pill.anywhere(0.98))
+        left, top = np.maximum(center.astype(int) - 8, 0)
+        window = (slice(top, top + 17), slice(left, left + 17))  # a speckle is small: work there
+        stretch, spot = pill.random.uniform(0.7, 1.4), pill.random.lognormal(0.15, 0.45)
+        x, y = pill.grid[(slice(None), *window)] - center[:, None, None]
+        where = np.clip(spot + 0.7 - np.hypot(x * stretch, y / stretch), 0, 1)
+        alpha = pill.random.uniform(0.25, 0.9) * where[..., None]
+        pill.surface[window] += alpha * (color - pill.surface[window])
+
+
+def blob(pill: Pill, radius: float, ragged: float) -> np.ndarray:
+    """(S, S) from 0 to 1: a spot of `radius` pixels somewhere on the pill."""
+    random = pill.random
+    x, y = pill.grid - pill.to_pixels(pill.anywhere(0.7))[:, None, None]
+    distance = np.hypot(x * random.uniform(0.7, 1.2), y * random.uniform(0.7, 1.2))
+    distance += ragged * radius * smooth_noise(random, 0.6 * radius + 1)
+    return np.clip((radius - distance) / 3 + 0.5, 0, 1)
+
+
+def draw_stain(pill: Pill) -> None:
+    """A soft discoloration."""
+    random = pill.random
+    tint = [(0.80, 0.62, 0.30), (0.72, 0.35, 0.36), (0.62, 0.60, 0.66)][random.integers(3)]
+    where = ndimage.gaussian_filter(blob(pill, random.uniform(11, 29), 0.25), 2)
+    pill.paint(where, tint, 0.25 + 0.6 * pill.severity)
+
+
+def draw_dirt(pill: Pill) -> None:
+    """One to three specks of dirt that stand out from the surface."""
+    random = pill.random
+    dirt = [(0.22, 0.17, 0.12), (0.45, 0.36, 0.22), (0.30, 0.32, 0.36)][random.integers(3)]
+    specks = [blob(pill, random.uniform(4, 11), 0.4) for _ in range(random.integers(1, 4))]
+    where = np.maximum.reduce(specks)
+    pill.paint(where, dirt, 0.45 + 0.5 * pill.severity)
+    pill.height[:] += 2 * ndimage.gaussian_filter(where, 1.5)
+
+
+def carve(pill: Pill, lines, width: float, darkness: float, depth: float) -> None:
+    where = strokes(pill, lines, width) * pill.outline
+    pill.paint(where, (0, 0, 0), darkness)
+    pill.height[:] -= depth * ndimage.gaussian_filter(where, 0.8)
+    np.maximum(pill.mask, ndimage.grey_dilation(where, 3), out=pill.mask)  # a pixel to each side
+
+
+def draw_scratches(pill: Pill) -> None:
+    """One to three shallow scratches side by side."""
+    random, severity = pill.random, pill.severity
+    start, heading, lines = pill.anywhere(0.5), random.uniform(0, 2 * np.pi), []
+    for _ in range(random.integers(1, 4)):
+        angle = heading + random.normal(0, 0.08)
+        along = np.array([np.cos(angle), np.sin(angle)])
+        t = np.linspace(-0.5, 0.5, 12)[:, None] * random.uniform(0.25, 0.7)
+        bend = random.normal(0, 0.25) * t**2 * along[::-1] * (-1, 1)
+        lines.append(start + random.normal(0, 0.05, 2) + t * along + bend)
+    carve(pill, lines, random.uniform(1.2, 2.4), 0.08 + 0.25 * severity, 1 + 2.5 * severity)
+
+
+def draw_crack(pill: Pill) -> None:
+    """A dark, jagged crack from the edge inward; every other one forks."""
+
+    def walk(start, angles):
+        return start + 0.055 * np.cumsum(np.stack([np.cos(angles), np.sin(angles)], 1), 0)
+
+    random, severity = pill.random, pill.severity
+    angle = random.uniform(0, 2 * np.pi)
+    edge = 1.02 * np.array([np.cos(angle), PILL_ASPECT * np.sin(angle)])
+    inward = np.arctan2(*-edge[::-1]) + random.normal(0, 0.35)
+    path = walk(edge, inward + random.normal(0, 0.55, random.integers(6, 16)))
+    middle = path[len(path) // 2]
+    fork = walk(middle, inward + random.choice([-1, 1]) * random.uniform(0.5, 0.9, 4))
+    lines = [[edge, *path], [middle, *fork]][: random.integers(1, 3)]
+    carve(pill, lines, random.uniform(1.3, 1.8 + 1.6 * severity), 0.45 + 0.4 * severity, 2.5)
+
+
+def photograph(pill: Pill) -> np.ndarray:
+    """(S, S, 3) uint8: shading from the relief, a dark ground, and a camera's blur and noise."""
+    random, outline = pill.random, pill.outline
+    dy, dx = np.gradient(ndimage.gaussian_filter(pill.height, 0.6))
+    normal = np.stack([-dx, -dy, np.ones_like(dx)])
+    normal /= np.linalg.norm(normal, axis=0)
+    light = np.array([-0.42, -0.55, 0.90]) + random.normal(0, 0.035, 3)
+    light /= np.linalg.norm(light)
+    halfway = light + np.array([0, 0, 1])  # between the light and the camera above
+    halfway /= np.linalg.norm(halfway)
+    diffuse, gloss = (np.clip(np.einsum("i,ihw->hw", v, normal), 0, 1) for v in (light, halfway))
+    shaded = pill.surface * (0.2 + 0.8 * diffuse)[..., None] + 0.07 * gloss[..., None] ** 40
+
+    shadow = ndimage.gaussian_filter(ndimage.shift(outline, (6, 5), order=1), 10)
+    ground = 0.085 + 0.02 * pill.grid.mean(0) / PILL_SIZE + 0.004 * smooth_noise(random, 3)
+    ground = (ground * (1 - 0.6 * shadow))[..., None] * (0.95, 1.0, 1.1)
+    image = ground + outline[..., None] * (shaded - ground)
+    image = ndimage.gaussian_filter(image, (0.65, 0.65, 0)) * random.normal(1, 0.025)
+    image *= 1 + random.normal(0, 0.008, 3)  # white balance
+    image += random.normal(0, 1, image.shape) * (0.006 + 0.01 * np.sqrt(np.clip(image, 0, 1)))
+    return (np.clip(image, 0, 1) ** 0.9 * 255).round().astype(np.uint8)

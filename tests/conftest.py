@@ -35,6 +35,12 @@ def options(**changes):
     settings = {"weights": "random", "backbone": "resnet18", "device": "cpu", "seed": 0}
     settings |= {"batch_size": 4, "load": None, "save": None, "method": "test", "crop": 64}
     settings |= {"backend": "auto", "layers": ["layer2", "layer3"], "neighbors": 3, "coreset": 0.2}
+    settings |= {
+        "data": Path("parts"),
+        "demo": False,
+        "fingerprint": None,
+        "data_fingerprint": None,
+    }
     settings |= {"steps": 30, "learning_rate": 2e-3, "latent": 8}
     return argparse.Namespace(**settings | changes)
 

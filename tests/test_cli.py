@@ -54,7 +54,7 @@ def test_a_run_leaves_tables_files_and_figures(method, run_script, pill, tmp_pat
     assert [p for p, row in scores.items() if row["predicted"] == "defect"] == reported
     assert threshold["detected"] + threshold["false_alarms"] == len(reported)
     assert threshold["normal_images"] == 3
-    figures = {"examples.png", "scores.png", "strip.png", "truth.png"}
+    figures = {"examples.png", "scores.png", "strip.png"}
     figures |= {"patchcore": {"coreset.png"}, "knn": set()}.get(method, {"loss.png"})
     assert {p.name for p in folder.iterdir()} == {"metrics.json", "scores.csv", *figures}
     for name in figures:
@@ -209,6 +209,23 @@ def test_a_broken_photo_is_reported_and_the_others_go_on(run_script, pill, tmp_p
     assert len(out.splitlines()) == 3  # the tables go to stderr, so that stdout pipes
     assert "broken.jpg: cannot be read as an image" in err
     assert "judged 3 images, 1 broken" in err
+
+
+def test_names_in_another_encoding_and_thin_photos(run_script, pill, tmp_path):
+    folder = tmp_path / os.fsdecode(b"photos \xe9")  # Latin-1
+    folder.mkdir()
+    shutil.copy(pill / "test" / "good" / "000.png", folder / os.fsdecode(b"caf\xe9.png"))
+    Image.new("RGB", (20_000, 1)).save(folder / "thin.png")
+    arguments = ["--data", pill, *SMALL, "--neighbors", "3", "--predict", folder]
+    code, out, err = run_script("knn", *arguments)
+    assert code == 1
+    assert len(out.splitlines()) == 1
+    assert "thin.png: cannot be read as an image (20000 x 1 pixels: too thin)" in err
+    for part in ("test", "ground_truth"):
+        (pill / part / "crack").rename(pill / part / os.fsdecode(b"$\xe9^$"))
+    pill.rename(tmp_path / os.fsdecode(b"data $\xe9^$"))
+    arguments = ["--data", tmp_path / os.fsdecode(b"data $\xe9^$"), *SMALL, "--neighbors", "3"]
+    assert run_script("knn", *arguments)[0] == 0
 
 
 @pytest.fixture
