@@ -52,7 +52,8 @@ class UserError(Exception):
 
 def run(main) -> None:
     """Calls `main()`. What a user can fix ends with exit code 2, Ctrl-C with 130: no traceback."""
-    sys.stdout.reconfigure(errors="surrogateescape")  # a file name in any encoding, as it is
+    with contextlib.suppress(AttributeError):  # a notebook's stdout cannot
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names in any encoding, as they are
     try:
         main()
         sys.stdout.flush()
@@ -606,7 +607,8 @@ def search(queries, bank, squares, k):
 
 def dot_products(rows, queries):
     """(R, D) and (P, D) -> (R, P): the matrix product rows queries^T."""
-    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+    on_cpu = rows.device.type == "cpu" and rows.dtype == torch.float32
+    if not on_cpu or not torch.backends.mkldnn.is_available():
         return rows @ queries.T
     # The same as a 1 x 1 convolution, rows as pixels and queries as filters: torch leaves those to
     # oneDNN, which makes the whole search 12 % faster on two AMD cores than the product did.

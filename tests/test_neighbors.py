@@ -85,6 +85,14 @@ def test_strides_do_not_matter(generator):
     check(queries[:, 1].T, bank.T, 4)
 
 
+def test_the_same_without_onednn(monkeypatch, generator):
+    queries, bank = (torch.randn(n, 40, generator=generator) for n in (70, 9000))
+    expected = common.nearest_neighbors(queries, bank, 5)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    for found, want in zip(common.nearest_neighbors(queries, bank, 5), expected, strict=True):
+        assert torch.equal(found, want)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_is_bounded():
     """All distances at once would be 960 MB; the search may take a tenth of that."""
