@@ -1202,11 +1202,14 @@ def pictures(options, model, pixels, i, maps, panels) -> list:
     return shown
 
 
-def picture_grid(title, columns, rows):
-    """A figure of pictures: rows is [(label, [(caption, (h, w, 3) uint8), ...]), ...]."""
+def picture_grid(title, columns, rows, margin=0.1):
+    """A figure of pictures: rows is [(label, [(caption, (h, w, 3) uint8), ...]), ...].
+
+    margin: inches left free on the right.
+    """
     side = min(1.45, 10.5 / len(columns))  # inches
-    width, height = 1.3 + side * len(columns) + 0.9, 0.65 + side * len(rows) + 0.1
-    edges = {"left": 1.3 / width, "right": 1 - 0.9 / width, "bottom": 0.1 / height}
+    width, height = 1.3 + side * len(columns) + margin, 0.65 + side * len(rows) + 0.1
+    edges = {"left": 1.3 / width, "right": 1 - margin / width, "bottom": 0.1 / height}
     edges |= {"top": 1 - 0.65 / height, "wspace": 0.03, "hspace": 0.03}
     figure, axes = pyplot.subplots(
         len(rows), len(columns), figsize=(width, height), squeeze=False, gridspec_kw=edges
@@ -1262,7 +1265,8 @@ def draw_examples(options, model, test: Split, scores, maps, panels) -> None:
         examples[drawable(kind).replace("_", "\n")] = cells
     columns = [title for title, *_ in max(examples.values(), key=len)]
     rows = [(kind, [cell[1:] for cell in cells]) for kind, cells in examples.items()]
-    figure = picture_grid(f"{run_label(options)}: highest and lowest score by type", columns, rows)
+    title = f"{run_label(options)}: highest and lowest score by type"
+    figure = picture_grid(title, columns, rows, margin=0.1 if maps is None else 0.9)
     if maps is not None:
         scale = pyplot.cm.ScalarMappable(pyplot.Normalize(*color_range(options, model)), COLORS)
         width = figure.get_figwidth()
