@@ -348,6 +348,7 @@ class LastLayerReached(Exception):
     """Raised by the last hook: what follows in the network is never computed."""
 
 
+@stage("weights")
 def load_resnet(options) -> torch.nn.Module:
     """The backbone with --weights, frozen, in evaluation mode, on --device.
 
@@ -494,7 +495,9 @@ def minimize(network: torch.nn.Module, loss_of, steps: int, learning_rate: float
     """
     optimizer = torch.optim.Adam(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    losses = []
+    # In one piece: a small tensor kept at each step would split the memory that the step frees,
+    # for good, and the process would grow by a megabyte a step.
+    losses = torch.zeros(steps, device=options.device)
     network.train()
     with stage("training"), progress(range(steps), "fit: train", unit="step") as bar:
         for step in bar:
@@ -503,15 +506,15 @@ def minimize(network: torch.nn.Module, loss_of, steps: int, learning_rate: float
             loss.backward()
             optimizer.step()
             schedule.step()
-            losses.append(loss.detach())
+            losses[step] = loss.detach()
             if step % 20 == 0 or step == steps - 1:  # reading a loss waits for the device
-                if not math.isfinite(losses[-1]):
-                    reason = f"the loss became {losses[-1]:.3g} at step {step}"
+                if not math.isfinite(losses[step]):
+                    reason = f"the loss became {losses[step]:.3g} at step {step}"
                     raise UserError(f"--learning-rate {learning_rate:g}: {reason}: lower the rate")
-                bar.set_postfix_str(f"loss {losses[-1]:.2e}")
+                bar.set_postfix_str(f"loss {losses[step]:.2e}")
     network.eval()
     figure, axis = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    axis.semilogy(torch.stack(losses).cpu(), color="black", linewidth=0.7)
+    axis.semilogy(losses.cpu(), color="black", linewidth=0.7)
     axis.set(xlabel="step", ylabel="training loss (MSE)")
     axis.set_title(run_label(options), fontsize=11)
     save_figure(figure, options.out / "loss.png")

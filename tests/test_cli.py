@@ -423,9 +423,11 @@ def start(method, *arguments, **settings):
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_leaves_nothing_half_written(pill, tmp_path):
-    process = start(
-        "autoencoder", "--data", pill, "--steps", "100000", "--save", "m.pt", cwd=tmp_path
-    )
+    def listen():  # where pytest runs in the background, Ctrl-C is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    arguments = ["--data", pill, "--steps", "100000", "--save", "m.pt"]
+    process = start("autoencoder", *arguments, cwd=tmp_path, preexec_fn=listen)
     deadline = time.monotonic() + 60
     while not (tmp_path / "results").exists():  # then the options are read, and work begins
         assert time.monotonic() < deadline
