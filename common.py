@@ -590,6 +590,7 @@ def search(queries, bank, squares, k):
     for start in range(0, len(bank), SLABS * SLAB):
         rows = bank[start : start + SLABS * SLAB].to(queries)
         norms = squares[start : start + SLABS * SLAB, None]
+        slabs = torch.arange(start, start + len(rows), SLAB, device=queries.device)[:, None]
         for part in range(0, len(queries), QUERY_BLOCK):
             block = slice(part, part + QUERY_BLOCK)
             keys = dot_products(rows, queries[block])  # (up to 32 * 512, P)
@@ -602,7 +603,6 @@ def search(queries, bank, squares, k):
             minima = keys.amin(0).T  # (P, 512)
             columns = minima.topk(min(k, SLAB), dim=1, largest=False, sorted=False).indices
             found = keys.gather(1, columns.T.expand(len(keys), -1, -1)).permute(2, 0, 1).flatten(1)
-            slabs = start + SLAB * torch.arange(len(keys), device=queries.device)[:, None]
             places = (columns[:, None] + slabs).flatten(1)  # (P, S * k) rows of the bank
             best[block], chosen = torch.cat([best[block], found], 1).topk(k, largest=False)
             indices[block] = torch.cat([indices[block], places], 1).gather(1, chosen)
@@ -612,8 +612,8 @@ def search(queries, bank, squares, k):
 
 def dot_products(rows, queries):
     """(R, D) and (P, D) -> (R, P): the matrix product rows queries^T."""
-    on_cpu = rows.device.type == "cpu" and rows.dtype == torch.float32
-    if not on_cpu or not torch.backends.mkldnn.is_available():
+    float_on_cpu = rows.device.type == "cpu" and rows.dtype == torch.float32
+    if not float_on_cpu or not torch.backends.mkldnn.is_available():
         return rows @ queries.T
     # The same as a 1 x 1 convolution, rows as pixels and queries as filters: torch leaves those to
     # oneDNN, which makes the whole search 12 % faster on two AMD cores than the product did.
@@ -1210,7 +1210,8 @@ def pictures(options, model, pixels, i, maps, panels) -> list:
 def picture_grid(title, columns, rows, margin=0.1):
     """A figure of pictures: rows is [(label, [(caption, (h, w, 3) uint8), ...]), ...].
 
-    margin: inches left free on the right.
+    Columns and labels may hold any name; the title is to be `drawable`. margin: inches left free on
+    the right.
     """
     side = min(1.45, 10.5 / len(columns))  # inches
     width, height = 1.3 + side * len(columns) + margin, 0.65 + side * len(rows) + 0.1
@@ -1222,9 +1223,10 @@ def picture_grid(title, columns, rows, margin=0.1):
     figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top")
     dark = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 1.5}
     for axis, column in zip(axes[0], columns, strict=True):
-        axis.set_title(column, fontsize=9)
+        axis.set_title(drawable(column), fontsize=9)
     for line, (label, cells) in zip(axes, rows, strict=True):
-        line[0].text(-0.08, 0.5, label, ha="right", va="center", transform=line[0].transAxes)
+        place = {"ha": "right", "va": "center", "transform": line[0].transAxes}
+        line[0].text(-0.08, 0.5, drawable(label), **place)
         for axis in line:
             axis.axis("off")
         for axis, (caption, picture) in zip(line, cells, strict=False):
@@ -1267,7 +1269,7 @@ def draw_examples(options, model, test: Split, scores, maps, panels) -> None:
         cells = shown(of_kind[scores[of_kind].argmax()])
         if len(of_kind) > 1:
             cells += shown(of_kind[scores[of_kind].argmin()])
-        examples[drawable(kind).replace("_", "\n")] = cells
+        examples[kind.replace("_", "\n")] = cells
     columns = [title for title, *_ in max(examples.values(), key=len)]
     rows = [(kind, [cell[1:] for cell in cells]) for kind, cells in examples.items()]
     title = f"{run_label(options)}: highest and lowest score by type"
@@ -1303,9 +1305,9 @@ def draw_methods(options, test: Split, runs: list[dict]) -> None:
             label = [run["method"], run["weights"].replace("no pretrained", "no")]
             label += [] if auroc is None else [f"AUROC {auroc:.3f}"]
             parts = np.split(np.asarray(Image.open(path)), len(firsts), axis=1)
-            rows.append((drawable("\n".join(label)), [("", part) for part in parts]))
+            rows.append(("\n".join(label), [("", part) for part in parts]))
     title = f"all methods so far on {options.data.resolve().name}, first image of each type"
-    columns = [drawable(kind).replace("_", " ") for kind in firsts]
+    columns = [kind.replace("_", " ") for kind in firsts]
     figure = picture_grid(drawable(title), columns, rows)
     save_figure(figure, options.out.parent / "methods.png")
 

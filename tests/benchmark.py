@@ -17,12 +17,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import conftest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+import common
 
 patchcore = importlib.import_module("04_patchcore")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,19 +109,8 @@ def benchmark_neighbors(options):
 
 
 def benchmark_memory(_options):
-    code = """
-import torch, common
-def peak():  # MiB; getrusage's would be the parent's where that is larger
-    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
-torch.manual_seed(0)
-queries, bank = torch.randn(6_272, 1536), torch.randn(163_840, 1536)
-common.nearest_neighbors(queries[:9], bank[:99], 9)
-before = peak()
-common.nearest_neighbors(queries, bank, 9)
-print(peak() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
-    print(f"\nmemory above the inputs, 6272 queries, 163840 rows: {float(done.stdout):.0f} MiB")
+    mebibytes = conftest.search_memory(6_272, 163_840, 1536, 9) / 1024
+    print(f"\nmemory above the inputs, 6272 queries, 163840 rows: {mebibytes:.0f} MiB")
 
 
 def plain_greedy(rows, size):
@@ -160,10 +148,9 @@ def practice_pill() -> Path:
 
 def real_features(data, rows):
     """(rows, 128) float32: projected patch features of a folder's normal images, random weights."""
-    options = argparse.Namespace(
-        data=data, resize=256, crop=224, load=None, predict=None, weights="random", seed=0,
-        backbone="resnet50", device=DEVICE, batch_size=16, fingerprint=None,
-    )  # fmt: skip
+    options = conftest.options(
+        data=data, resize=256, crop=224, backbone="resnet50", device=DEVICE, batch_size=16
+    )
     train, _ = common.load_data(options)
     resnet = common.load_resnet(options)
     batches = common.extract(resnet, ["layer2", "layer3"], train.pixels, options)
@@ -230,9 +217,8 @@ def benchmark_cost(options):
 
 
 def benchmark_threshold(options):
-    """False-alarm rates that come of the rates asked, on new normal images; takes an hour."""
+    """False-alarm rates by the rate asked, on new normal images; takes an hour and a half."""
     for method in options.methods:
-        (script,) = ROOT.glob(f"0*_{method}.py")
         found = {0.05: [], 0.10: []}
         for seed in range(1001, 1001 + options.sets):
             with tempfile.TemporaryDirectory() as folder:
@@ -240,8 +226,8 @@ def benchmark_threshold(options):
                 common.draw_practice_pill(data, seed, train=200, good=200, per_defect=0)
                 use = ["--save", model, "--weights", "random"]
                 for rate, rates in found.items():
-                    command = [sys.executable, script, "--data", data, "--out", folder, *use]
-                    command += ["--false-alarm-rate", str(rate)]
+                    command = [sys.executable, conftest.SCRIPTS[method], "--data", data, *use]
+                    command += ["--out", folder, "--false-alarm-rate", str(rate)]
                     subprocess.run(command, capture_output=True, check=True)
                     metrics = json.loads((Path(folder) / method / "metrics.json").read_text())
                     at = metrics["threshold"]

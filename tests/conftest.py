@@ -4,6 +4,7 @@ import argparse
 import importlib
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,14 +36,26 @@ def options(**changes):
     settings = {"weights": "random", "backbone": "resnet18", "device": "cpu", "seed": 0}
     settings |= {"batch_size": 4, "load": None, "save": None, "method": "test", "crop": 64}
     settings |= {"backend": "auto", "layers": ["layer2", "layer3"], "neighbors": 3, "coreset": 0.2}
-    settings |= {
-        "data": Path("parts"),
-        "demo": False,
-        "fingerprint": None,
-        "data_fingerprint": None,
-    }
+    settings |= {"data": Path("parts"), "resize": 64, "predict": None, "demo": False}
+    settings |= {"fingerprint": None, "data_fingerprint": None}
     settings |= {"steps": 30, "learning_rate": 2e-3, "latent": 8}
     return argparse.Namespace(**settings | changes)
+
+
+def search_memory(queries: int, rows: int, columns: int, k: int) -> int:
+    """kB above its inputs that a search takes at its peak, in a process of its own; Linux only."""
+    code = f"""
+import torch, common
+def peak():  # kB; getrusage's would be the parent's where that is larger
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+queries, bank = torch.randn({queries}, {columns}), torch.randn({rows}, {columns})
+common.nearest_neighbors(queries[:9], bank[:99], {k})  # loads what loads late
+before = peak()
+common.nearest_neighbors(queries, bank, {k})
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    return int(done.stdout)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,11 @@
 """Images of every kind, geometry of images and masks, and the practice pill."""
 
-import argparse
 import hashlib
 
 import numpy as np
 import pytest
 import torch
+from conftest import options
 from PIL import Image
 from torchvision import transforms
 
@@ -87,11 +87,11 @@ def test_masks_of_any_mode_are_nonzero_where_defective(tmp_path):
 
 @pytest.mark.parametrize("size", [(300, 260), (260, 300), (256, 256)])
 def test_image_and_mask_go_through_the_same_geometry(size):
-    options = argparse.Namespace(resize=256, crop=224)
+    run = options(resize=256, crop=224)
     square = np.zeros(size[::-1], np.uint8)
     square[100:160, 90:170] = 255
-    mask = common.prepare(Image.fromarray(square), options, is_mask=True)[0]
-    image = common.prepare(Image.fromarray(square).convert("RGB"), options)
+    mask = common.prepare(Image.fromarray(square), run, is_mask=True)[0]
+    image = common.prepare(Image.fromarray(square).convert("RGB"), run)
     assert image.shape == (3, 224, 224)
     assert set(mask.unique().tolist()) == {0, 255}
     assert ((mask > 0) ^ (image[0] > 127)).sum() < 0.02 * (mask > 0).sum()
@@ -124,10 +124,7 @@ def test_practice_pill_follows_its_seed(tmp_path, original_pill):
 def test_practice_pill_is_neither_trivial_nor_impossible(tmp_path):
     """The distance to the mean normal image sees something, but far from all."""
     common.draw_practice_pill(tmp_path / "pill", train=30, good=15, per_defect=4)
-    options = argparse.Namespace(
-        data=tmp_path / "pill", resize=256, crop=224, load=None, predict=None
-    )
-    train, test = common.load_data(options)
+    train, test = common.load_data(options(data=tmp_path / "pill", resize=256, crop=224))
     mean = train.pixels.float().mean(0)
     errors = (test.pixels.float() - mean).square().mean(1)
     scores = errors.mean((1, 2)).numpy()

@@ -1,12 +1,11 @@
 """nearest_neighbors against scikit-learn in float64, and everything it promises about its input."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import search_memory
 from sklearn.neighbors import NearestNeighbors
 
 import common
@@ -96,19 +95,8 @@ def test_the_same_without_onednn(monkeypatch, generator):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_is_bounded():
     """All distances at once would be 960 MB; the search may take a tenth of that."""
-    code = """
-import torch, common
-def peak():  # kB; getrusage's would be the parent's where that is larger
-    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-queries, bank = torch.randn(2000, 64), torch.randn(120_000, 64)
-common.nearest_neighbors(queries[:9], bank[:99], 3)  # loads what loads late
-before = peak()
-common.nearest_neighbors(queries, bank, 3)
-print(peak() - before)
-"""
-    root = Path(common.__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
-    assert 5_000 < int(done.stdout) < 96_000  # at least one block of keys, or nothing was measured
+    kilobytes = search_memory(2000, 120_000, 64, 3)
+    assert 5_000 < kilobytes < 96_000  # at least one block of keys, or nothing was measured
 
 
 @pytest.mark.parametrize(
