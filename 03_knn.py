@@ -16,27 +16,27 @@ What it cannot do: see a small defect, which the average over the image drowns, 
 
 import time
 
-import torch
-
 import common
+
+import torch
 
 
 def add_options(add):
-    # 1, 2, 5 and 9 are alike on the practice pill (image AUROC 0.65 to 0.67, random weights).
+    # differs from the paper: k = 5 instead of 2; 1, 2, 5 and 9 are alike on the practice pill.
     add("--neighbors", type=common.number(int, 1), default=5,
         help="k: how many nearest normal images the score averages over (5)")  # fmt: skip
 
 
-def describe(resnet, pixels: torch.Tensor, options, description: str) -> torch.Tensor:
-    """f(x): layer4 averaged over the image, (N, C) float32 on --device; ResNet50: C = 2048."""
-    batches = common.extract(resnet, ["layer4"], pixels, options, description)
+def describe(backbone, pixels: torch.Tensor, batch_size: int, description: str) -> torch.Tensor:
+    """f(x): layer4 averaged over the image, (N, C) float32 on the device; ResNet50: C = 2048."""
+    batches = common.extract(backbone, ["layer4"], pixels, batch_size, description)
     return torch.cat([output.mean(dim=(2, 3)) for (output,) in batches])
 
 
-def fit(resnet, pixels: torch.Tensor, options) -> dict:
-    """The memory bank: one row per normal image (N, 3, crop, crop) uint8. Returns the model."""
+def fit(backbone, train: common.Split, options) -> dict:
+    """The memory bank: one row per normal image. Returns the model."""
     start = time.perf_counter()
-    bank = describe(resnet, pixels, options, "fit: features")  # (N, C)
+    bank = describe(backbone, train.pixels, options.batch_size, "fit: features")  # (N, C)
     k = options.neighbors
     if k >= len(bank):
         found = f"there are {len(bank)} normal images, and each is judged by the others"
@@ -47,38 +47,34 @@ def fit(resnet, pixels: torch.Tensor, options) -> dict:
         nearest, _ = common.nearest_neighbors(bank, bank, k + 1, options.backend)
         scores = nearest[:, 1:].mean(dim=1)
     # Small copies of the images, to show the nearest ones in the figures, also after --load.
-    thumbnails = common.resize(pixels.float(), (112, 112)).round().byte()
-    state = {"bank": bank.cpu(), "thumbnails": thumbnails}
-    return common.save_model(options, state, scores.cpu(), None, time.perf_counter() - start)
+    small = (common.resize(p.float(), (112, 112)).round().byte() for p in train.pixels.split(64))
+    thumbnails = common.collect(small, len(bank), "thumbnails").permute(0, 2, 3, 1).contiguous()
+    state, seconds = {"bank": bank.cpu(), "thumbnails": thumbnails}, time.perf_counter() - start
+    return common.save_model(options, state, scores.cpu(), None, train.paths, seconds)
 
 
-def score(resnet, state: dict, pixels: torch.Tensor, options):
-    """Distances (N, k) and indices (N, k) of the k nearest normal images; their mean is d(x)."""
-    queries = describe(resnet, pixels, options, "score")
+def score(backbone, state: dict, pixels: torch.Tensor, options) -> common.Result:
+    """Scores (N,), no maps (an image is one vector), and up to three of the k nearest images."""
+    queries = describe(backbone, pixels, options.batch_size, "score")
     with common.stage("search"):
         bank = state["bank"].to(options.device)
-        return common.nearest_neighbors(queries, bank, options.neighbors, options.backend)
+        found = common.nearest_neighbors(queries, bank, options.neighbors, options.backend)
+    distances, indices = (tensor.cpu() for tensor in found)  # (N, k)
+    names, pictures = ["nearest normal", "2nd nearest", "3rd nearest"], []
+    for name, distance, index in zip(names, distances.T, indices.T, strict=False):
+        captions = [f"{value:.3g}" for value in distance]
+        pictures.append((name, captions, state["thumbnails"][index].numpy()))
+    # differs from the paper: it averages squared distances; unsquared, one far neighbor of the k
+    # weighs less, and the score is in the units of the features.
+    return common.Result(distances.mean(dim=1), None, pictures)
 
 
 def main():
     options, model = common.parse_options("knn", __doc__, add_options)
+    backbone = common.choose_backbone(options)
     train, test = common.load_data(options)
-    resnet = common.load_resnet(options)
-    model = model or fit(resnet, train.pixels, options)
-
-    def judge(pixels):
-        # differs from the paper: it averages squared distances; unsquared, one far neighbor of
-        # the k weighs less, and the score is in the units of the features.
-        distances, indices = (t.cpu() for t in score(resnet, model["state"], pixels, options))
-
-        def nearest(i):
-            names = ["nearest normal", "2nd nearest", "3rd nearest"]
-            pictures = model["state"]["thumbnails"][indices[i]].permute(0, 2, 3, 1).numpy()
-            captions = [f"{distance:.3g}" for distance in distances[i]]
-            return list(zip(names, captions, pictures, strict=False))
-
-        return distances.mean(dim=1), None, nearest  # no map: an image is one vector
-
+    model = model or fit(backbone, train, options)
+    judge = lambda pixels: score(backbone, model["state"], pixels, options)  # noqa: E731
     common.report(options, model, test, judge)
 
 

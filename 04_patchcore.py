@@ -4,7 +4,7 @@ Roth, Pemula, Zepeda, Schoelkopf, Brox, Gehler: Towards Total Recall in Industri
 Detection, CVPR 2022, arXiv:2106.08265.
 
 03 remembers whole images, and so cannot say where a defect is. PatchCore remembers small regions:
-a ResNet trained on ImageNet describes each by a vector, its patch feature, and a memory bank holds
+a network trained on ImageNet describes each by a vector, its patch feature, and a memory bank holds
 those of all normal images. A region is as anomalous as its patch feature is far from the nearest
 one in the bank, and an image as its most anomalous region:
 
@@ -21,12 +21,16 @@ position), or see what ImageNet features do not, such as a hair's change of shad
 
 import time
 
+import common
+
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.random_projection import GaussianRandomProjection
 
-import common
+# To set the threshold, as many normal images are judged as if they were new. More do not make a
+# 5 % quantile much better, and each takes as long as a test image.
+JUDGED = 100
 
 
 def add_options(add):
@@ -38,7 +42,7 @@ def add_options(add):
     add("--neighbors", type=common.number(int, 1), default=9,
         help="b of equation 7; 1: the plain maximum (9)")  # fmt: skip
     add("--layers", nargs="+", default=["layer2", "layer3"], metavar="LAYER", choices=layers,
-        help="ResNet stages the patch features come from (layer2 layer3)")  # fmt: skip
+        help="stages of the backbone the patch features come from (layer2 layer3)")  # fmt: skip
 
 
 def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -49,114 +53,152 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
     parts = []
     for output in outputs:
         # f_agg (equation 2): the average over the 3 x 3 neighborhood, so that a patch feature sees
-        # more than its own cell and small shifts change it little.
-        # differs from the paper: its code also brings both layers to 1024 dimensions by adaptive
-        # pooling along the channels; left out, as it only reshuffles what the mean already holds.
-        output = torch.nn.functional.avg_pool2d(output, 3, 1, padding=1, count_include_pad=False)
+        # more than its own cell and small shifts change it little. Zeros pad the border.
+        # differs from the paper: POOLING
+        output = torch.nn.functional.avg_pool2d(output, 3, 1, padding=1)
         parts.append(common.resize(output, outputs[0].shape[2:]))
     return torch.cat(parts, dim=1).permute(0, 2, 3, 1)  # ResNet50: (B, 28, 28, 512 + 1024)
 
 
-def fit(resnet, pixels: torch.Tensor, options) -> dict:
-    """Section 3.2, algorithm 1: the memory bank, and what normal images score against it.
-
-    pixels: (N, 3, crop, crop) uint8, normal images. Returns the model.
-    """
-    start = time.perf_counter()
-    batches = common.extract(resnet, options.layers, pixels, options, "fit: features")
-    features = torch.cat([patch_features(outputs).cpu() for outputs in batches])  # (N, h, w, C)
-    _, height, width, channels = features.shape
-    patches = features.view(-1, channels)
+def fit(backbone, train: common.Split, options) -> dict:
+    """Section 3.2, algorithm 1: the memory bank, and what normal images score against it."""
+    start, count = time.perf_counter(), len(train.paths)
+    batches = common.extract(
+        backbone, options.layers, train.pixels, options.batch_size, "fit: features"
+    )
+    features = common.collect(map(patch_features, batches), count, f"{count} images' features")
+    patches = features.flatten(0, 2)  # (N, h, w, C) -> (N * h * w, C)
     size = max(1, round(options.coreset * len(patches)))
     if options.neighbors > size:
         held = f"the memory bank holds {size} patch features"
         raise common.UserError(f"--neighbors {options.neighbors}: {held}: lower it or add images")
     with common.stage("coreset"):
-        # Johnson-Lindenstrauss: 128 random directions nearly keep the distances. They choose the
-        # rows; the bank keeps the features whole.
-        projected = patches.to(options.device)
-        if channels > 128:
-            projection = GaussianRandomProjection(128, random_state=options.seed)
-            matrix = projection.fit(np.zeros((1, channels), np.float32)).components_
-            projected = projected @ torch.from_numpy(matrix.T).to(projected)  # (N * h * w, 128)
-        chosen = common.greedy_coreset(projected, size, options.seed, options.backend)
+        projected = project(patches, options.seed).to(options.device)
+        if size == len(patches):
+            chosen = torch.arange(size, device=projected.device)
+        else:
+            chosen = common.greedy_coreset(projected, size, options.seed, options.backend)
+    bank = patches[chosen.cpu()]  # (size, C), in the order picked
     with common.stage("threshold"):
-        banks = leave_one_out(projected, chosen, height * width, options)
-        judged = [
-            score_patches(image[None].to(options.device), patches[rows].to(options.device), options)
-            for image, rows in zip(features, banks, strict=True)
-        ]
-        scores, grids = (torch.cat(parts) for parts in zip(*judged, strict=True))
-        maps = common.to_maps(grids, options.crop)
-    seconds = time.perf_counter() - start
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed))
+        judged = order[:JUDGED].sort().values
+        scores, grids = judge_as_new(features, judged, bank, projected, chosen, options)
+        maps = common.to_maps(grids, options.size)
+    paths, seconds = [train.paths[i] for i in judged], time.perf_counter() - start
+    model = common.save_model(options, {"bank": bank}, scores, maps, paths, seconds)
     with common.stage("figures"):
         draw_coreset(patches, chosen.cpu(), options)
-    bank = patches[chosen.cpu()]  # (size, C), in the order picked
-    return common.save_model(options, {"bank": bank}, scores, maps, seconds)
+    return model
 
 
-def leave_one_out(projected, chosen, patches_per_image, options):
-    """Per training image, the rows of a bank that has not seen it: what does a new image score?
+def project(patches: torch.Tensor, seed: int) -> torch.Tensor:
+    """(N, C) to (N, 128), for the coreset's distances alone; the bank keeps the features whole.
+
+    128 random directions keep squared distances to about 12 % (the square root of 2 / 128), as
+    Johnson and Lindenstrauss showed, whatever C is.
+    """
+    if patches.shape[1] <= 128:
+        return patches
+    projection = GaussianRandomProjection(128, random_state=seed)
+    matrix = projection.fit(np.zeros((1, patches.shape[1]), np.float32)).components_
+    matrix = torch.from_numpy(matrix.T).float()
+    return common.collect((part @ matrix for part in patches.split(8192)), len(patches), "them")
+
+
+def judge_as_new(features, judged, bank, projected, chosen, options):
+    """What training images score by banks that have not seen them: scores (n,), grids (n, h, w).
 
     To leave out only the image's own rows would leave a hole around each, because the coreset put
-    no other row near; normal images would seem far from normal. So other images' patches fill the
-    hole, farthest first, until all are as near to the bank as they were: what greedy would do.
-    projected: (N, 128). chosen: (size,) rows of it. Yields indices (about size,) on the CPU.
+    no other row near; normal images would seem far from normal. So other images' patches refill
+    the hole, farthest first, until none is farther from the bank than the covering radius of the
+    whole coreset. That no theorem covers: its false-alarm rates are measured (see the README). It
+    should come near, since such a bank is one that greedy might have picked without the image.
+    features: (N, h, w, C). judged: (n,) of the images. bank: (size, C), the rows `chosen` of all
+    patches. projected: (N * h * w, 128).
     """
-    owner = torch.arange(len(projected), device=projected.device) // patches_per_image
-    distances, nearest = common.nearest_neighbors(projected, projected[chosen], 1, options.backend)
-    radius = distances.max()  # no patch is farther than this from the coreset
-    covered_by = owner[chosen][nearest[:, 0]]  # whose row is nearest
-    for image in common.progress(owner.unique(), "fit: leave one image out"):
-        rows = chosen[owner[chosen] != image]
+    _, height, width, channels = features.shape
+    owner = torch.arange(len(projected), device=projected.device) // (height * width)
+    coreset = common.MemoryBank(projected[chosen], backend=options.backend)
+    distances, covering = coreset.nearest(projected)
+    radius, covered_by = distances.max(), owner[chosen][covering[:, 0]]  # whose row is nearest
+    memory = common.MemoryBank(bank.to(options.device), backend=options.backend)
+    vectors, found = features.view(-1, channels), []
+    for image in common.progress(judged.tolist(), "fit: judge normal images as new"):
+        own = owner[chosen] == image
         loose = torch.nonzero((covered_by == image) & (owner != image))[:, 0]
-        if len(rows) and len(loose):
-            candidates = projected[loose]
-            gap = common.nearest_neighbors(candidates, projected[rows], 1, options.backend)[0][:, 0]
-            while gap.max() > radius:
-                new = gap.argmax()
-                rows = torch.cat([rows, loose[new, None]])
-                to_new = torch.linalg.vector_norm(candidates - candidates[new], dim=1)
-                gap = torch.minimum(gap, to_new)
-        yield (rows if len(rows) else torch.nonzero(owner != image)[:1, 0]).cpu()
+        refill = fill_hole(coreset, own, projected[loose], radius)
+        refill = loose[refill].cpu()
+        if own.all() and not len(refill):  # nothing is left: some other image's patch
+            refill = torch.nonzero(owner != image)[:1, 0].cpu()
+
+        def nearest(queries, k, own=own, refill=refill):
+            """As of a bank without the image's rows and with the refilled ones."""
+            kept = min(k, int((~own).sum()))
+            parts = []
+            if kept:
+                distance, row = memory.nearest(queries, kept, passed_over=own)
+                parts.append((distance, chosen[row]))
+            if len(refill):
+                extra = vectors[refill].to(queries.device)
+                distance, row = common.nearest_neighbors(queries, extra, min(k, len(refill)))
+                parts.append((distance, refill.to(row.device)[row]))
+            distance, row = (torch.cat(both, dim=1) for both in zip(*parts, strict=True))
+            distance, order = distance.sort(dim=1, stable=True)
+            return distance[:, :k], row.gather(1, order)[:, :k]
+
+        patches = features[image : image + 1].to(options.device)
+        found.append(score_patches(patches, vectors, nearest, options.neighbors))
+    scores, grids = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scores, grids
 
 
-def score_patches(features, bank, options):
+def fill_hole(coreset, own, candidates, radius) -> torch.Tensor:
+    """Which candidates (n, 128) greedy would add to the coreset without its rows `own`."""
+    if own.all() or not len(candidates):
+        return torch.zeros(0, dtype=torch.int64, device=own.device)
+    gap = coreset.nearest(candidates, passed_over=own)[0][:, 0]
+    added = []
+    while gap.max() > radius:
+        added.append(gap.argmax())
+        to_new = torch.linalg.vector_norm(candidates - candidates[added[-1]], dim=1)
+        gap = torch.minimum(gap, to_new)
+    return torch.stack(added) if added else torch.zeros(0, dtype=torch.int64, device=own.device)
+
+
+def score_patches(features, vectors, nearest, b: int):
     """Section 3.3: how anomalous each image is, and each of its patches.
 
-    features: (B, h, w, C). bank: (N, C). Returns scores (B,) and patch distances (B, h, w).
+    features: (B, h, w, C). nearest: (queries, k) -> distances (Q, k) and indices (Q, k) into
+    vectors (M, C), the memory bank. b: of equation 7. Returns scores (B,) and distances (B, h, w).
     """
     images = torch.arange(len(features), device=features.device)
     patches = features.flatten(1, 2)  # (B, h * w, C)
-    distances, nearest = common.nearest_neighbors(
-        patches.flatten(0, 1), bank, backend=options.backend
-    )
-    distances, nearest = (t.view(len(patches), -1) for t in (distances, nearest))  # (B, h * w)
+    distances, rows = (t.view(len(patches), -1) for t in nearest(patches.flatten(0, 1), 1))
     s_star, worst = distances.max(dim=1)  # equation 6
-    if options.neighbors > 1:
-        # Equation 7: a distance counts less where the bank itself is sparse, that is where m*, the
-        # normal patch nearest to the worst patch m_test, has its own neighbors N_b(m*) far from
-        # m_test too. The neighborhood is that of m* *in the bank*, not that of m_test.
+    if b > 1:
+        # Equation 7: m* is the normal patch nearest to the worst patch m_test. Where the bank is
+        # sparse around m*, its neighbors N_b(m*) are farther from m_test than m* is, and the
+        # distance counts almost in full; where they are as near, it counts less. The neighborhood
+        # is that of m* *in the bank*, not that of m_test.
         m_test = patches[images, worst]  # (B, C)
-        m_star = bank[nearest[images, worst]]
-        b = min(options.neighbors, len(bank))
-        _, around = common.nearest_neighbors(m_star, bank, b, options.backend)
-        to_around = torch.linalg.vector_norm(m_test[:, None] - bank[around], dim=2)
+        m_star = vectors[rows[images, worst].to(vectors.device)].to(m_test.device)
+        _, around = nearest(m_star, b)
+        around = vectors[around.to(vectors.device)].to(m_test.device)  # (B, b, C)
+        to_around = torch.linalg.vector_norm(m_test[:, None] - around, dim=2)
         # softmax = exp(|m_test - m*|) / sum of exp(|m_test - m|); the first neighbor is m* itself.
         s_star = (1 - to_around.softmax(dim=1)[:, 0]) * s_star
     return s_star.cpu(), distances.view(features.shape[:3]).cpu()
 
 
-def score(resnet, state: dict, pixels: torch.Tensor, options):
-    """Scores (N,) and anomaly maps (N, crop, crop) of images (N, 3, crop, crop) uint8."""
-    bank = state["bank"].to(options.device)
-    judged = []
-    for outputs in common.extract(resnet, options.layers, pixels, options, "score"):
+def score(backbone, memory, pixels: torch.Tensor, options) -> common.Result:
+    """Scores (N,) and anomaly maps (N, H, W) of images (N, 3, H, W) uint8 by a `MemoryBank`."""
+    found, b = [], min(options.neighbors, len(memory.rows))
+    for outputs in common.extract(backbone, options.layers, pixels, options.batch_size, "score"):
         with common.stage("search"):
-            judged.append(score_patches(patch_features(outputs), bank, options))
-    scores, grids = (torch.cat(parts) for parts in zip(*judged, strict=True))
+            found.append(score_patches(patch_features(outputs), memory.rows, memory.nearest, b))
+    scores, grids = (torch.cat(parts) for parts in zip(*found, strict=True))
     with common.stage("maps"):
-        return scores, common.to_maps(grids, options.crop)
+        return common.Result(scores, common.to_maps(grids, options.size), [])
 
 
 def draw_coreset(patches, chosen, options) -> None:
@@ -182,13 +224,12 @@ def draw_coreset(patches, chosen, options) -> None:
 
 def main():
     options, model = common.parse_options("patchcore", __doc__, add_options)
+    backbone = common.choose_backbone(options)
     train, test = common.load_data(options)
-    resnet = common.load_resnet(options)
-    model = model or fit(resnet, train.pixels, options)
-
-    def judge(pixels):
-        return *score(resnet, model["state"], pixels, options), lambda i: []
-
+    model = model or fit(backbone, train, options)
+    bank = model["state"]["bank"].to(options.device)
+    memory = common.MemoryBank(bank, backend=options.backend)
+    judge = lambda pixels: score(backbone, memory, pixels, options)  # noqa: E731
     common.report(options, model, test, judge)
 
 

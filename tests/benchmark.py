@@ -17,11 +17,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import common
+
 import conftest
 import torch
 from sklearn.neighbors import NearestNeighbors
-
-import common
 
 patchcore = importlib.import_module("04_patchcore")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,11 +1,11 @@
 """greedy_coreset against a naive float64 greedy, pick by pick."""
 
+import common
+
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import make_blobs
-
-import common
 
 
 def naive_greedy(features, size, first):

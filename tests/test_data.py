@@ -2,14 +2,14 @@
 
 import hashlib
 
+import common
+
 import numpy as np
 import pytest
 import torch
 from conftest import options
 from PIL import Image
 from torchvision import transforms
-
-import common
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """ResNet hooks against a forward pass written out, weights files, and the training helpers."""
 
+import common
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,6 @@ import torchvision
 from conftest import options
 from PIL import Image
 from scipy import ndimage
-
-import common
 
 
 @pytest.fixture

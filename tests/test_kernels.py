@@ -2,10 +2,10 @@
 
 import sys
 
+import common
+
 import pytest
 import torch
-
-import common
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

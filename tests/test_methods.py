@@ -1,13 +1,13 @@
 """Each method's own mathematics: shapes, equations by hand, scikit-learn as the reference."""
 
+import common
+
 import numpy as np
 import pytest
 import torch
 from conftest import options
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
-
-import common
 
 
 @pytest.fixture

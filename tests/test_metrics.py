@@ -2,13 +2,13 @@
 
 import argparse
 
+import common
+
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
-
-import common
 
 
 def brute_force_au_pro(maps, masks, max_fpr):

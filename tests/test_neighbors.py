@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+import common
+
 import numpy as np
 import pytest
 import torch
 from conftest import search_memory
 from sklearn.neighbors import NearestNeighbors
-
-import common
 
 
 def reference(queries, bank, k):
