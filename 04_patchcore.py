@@ -20,6 +20,7 @@ position), or see what ImageNet features do not, such as a hair's change of shad
 """
 
 import time
+from functools import partial
 
 import common
 
@@ -82,7 +83,16 @@ def fit(backbone, train: common.Split, options) -> dict:
     with common.stage("threshold"):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed))
         judged = order[:JUDGED].sort().values
-        scores, grids = judge_as_new(features, judged, bank, projected, chosen, options)
+        banks = leave_one_out(
+            projected, chosen, features[0, ..., 0].numel(), judged, options.backend
+        )
+        memory = common.MemoryBank(bank.to(options.device), backend=options.backend)
+        found = []
+        for image, (own, refill) in zip(judged, banks, strict=True):
+            nearest = partial(nearest_as_new, memory, patches, chosen, own, refill)
+            new = features[image][None].to(options.device)
+            found.append(score_patches(new, patches, nearest, options.neighbors))
+        scores, grids = (torch.cat(parts) for parts in zip(*found, strict=True))
         maps = common.to_maps(grids, options.size)
     paths, seconds = [train.paths[i] for i in judged], time.perf_counter() - start
     model = common.save_model(options, {"bank": bank}, scores, maps, paths, seconds)
@@ -105,64 +115,56 @@ def project(patches: torch.Tensor, seed: int) -> torch.Tensor:
     return common.collect((part @ matrix for part in patches.split(8192)), len(patches), "them")
 
 
-def judge_as_new(features, judged, bank, projected, chosen, options):
-    """What training images score by banks that have not seen them: scores (n,), grids (n, h, w).
+def leave_one_out(projected, chosen, patches_per_image: int, images, backend="auto"):
+    """Per image, a memory bank that has not seen it: what will a new normal image score?
 
     To leave out only the image's own rows would leave a hole around each, because the coreset put
     no other row near; normal images would seem far from normal. So other images' patches refill
     the hole, farthest first, until none is farther from the bank than the covering radius of the
-    whole coreset. That no theorem covers: its false-alarm rates are measured (see the README). It
-    should come near, since such a bank is one that greedy might have picked without the image.
-    features: (N, h, w, C). judged: (n,) of the images. bank: (size, C), the rows `chosen` of all
-    patches. projected: (N * h * w, 128).
+    whole coreset: a bank that greedy might have picked without the image. No theorem says that a
+    new image scores alike; the false-alarm rates that come out are measured (see the README).
+
+    projected: (N, 128). chosen: (size,) rows of it. images: (n,), which to leave out. Yields per
+    image (own, refill): own (size,) bool, its rows in the coreset; refill (r,), rows of projected.
     """
-    _, height, width, channels = features.shape
-    owner = torch.arange(len(projected), device=projected.device) // (height * width)
-    coreset = common.MemoryBank(projected[chosen], backend=options.backend)
-    distances, covering = coreset.nearest(projected)
-    radius, covered_by = distances.max(), owner[chosen][covering[:, 0]]  # whose row is nearest
-    memory = common.MemoryBank(bank.to(options.device), backend=options.backend)
-    vectors, found = features.view(-1, channels), []
-    for image in common.progress(judged.tolist(), "fit: judge normal images as new"):
+    owner = torch.arange(len(projected), device=projected.device) // patches_per_image
+    coreset = common.MemoryBank(projected[chosen], backend=backend)
+    distances, nearest = coreset.nearest(projected)
+    radius, covered_by = distances.max(), owner[chosen[nearest[:, 0]]]  # whose row is nearest
+    for image in common.progress(images.tolist(), "fit: judge normal images as new"):
         own = owner[chosen] == image
         loose = torch.nonzero((covered_by == image) & (owner != image))[:, 0]
-        refill = fill_hole(coreset, own, projected[loose], radius)
-        refill = loose[refill].cpu()
-        if own.all() and not len(refill):  # nothing is left: some other image's patch
-            refill = torch.nonzero(owner != image)[:1, 0].cpu()
-
-        def nearest(queries, k, own=own, refill=refill):
-            """As of a bank without the image's rows and with the refilled ones."""
-            kept = min(k, int((~own).sum()))
-            parts = []
-            if kept:
-                distance, row = memory.nearest(queries, kept, passed_over=own)
-                parts.append((distance, chosen[row]))
-            if len(refill):
-                extra = vectors[refill].to(queries.device)
-                distance, row = common.nearest_neighbors(queries, extra, min(k, len(refill)))
-                parts.append((distance, refill.to(row.device)[row]))
-            distance, row = (torch.cat(both, dim=1) for both in zip(*parts, strict=True))
-            distance, order = distance.sort(dim=1, stable=True)
-            return distance[:, :k], row.gather(1, order)[:, :k]
-
-        patches = features[image : image + 1].to(options.device)
-        found.append(score_patches(patches, vectors, nearest, options.neighbors))
-    scores, grids = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return scores, grids
+        refill = loose[:0]
+        if own.all():  # nothing is left: begin anew with some other patch
+            refill = torch.nonzero(owner != image)[:1, 0]
+        elif len(loose):
+            gap = coreset.nearest(projected[loose], passed_over=own)[0][:, 0]
+            while gap.max() > radius:
+                new = loose[gap.argmax()]
+                refill = torch.cat([refill, new[None]])
+                to_new = torch.linalg.vector_norm(projected[loose] - projected[new], dim=1)
+                gap = torch.minimum(gap, to_new)
+        yield own, refill
 
 
-def fill_hole(coreset, own, candidates, radius) -> torch.Tensor:
-    """Which candidates (n, 128) greedy would add to the coreset without its rows `own`."""
-    if own.all() or not len(candidates):
-        return torch.zeros(0, dtype=torch.int64, device=own.device)
-    gap = coreset.nearest(candidates, passed_over=own)[0][:, 0]
-    added = []
-    while gap.max() > radius:
-        added.append(gap.argmax())
-        to_new = torch.linalg.vector_norm(candidates - candidates[added[-1]], dim=1)
-        gap = torch.minimum(gap, to_new)
-    return torch.stack(added) if added else torch.zeros(0, dtype=torch.int64, device=own.device)
+def nearest_as_new(memory, patches, chosen, own, refill, queries, k: int):
+    """`nearest` of a bank that lacks the rows `own` of the memory and has patches[refill] instead.
+
+    Returns distances and indices (Q, up to k), the indices into patches (M, C).
+    """
+    k_bank, k_refill = min(k, int((~own).sum())), min(k, len(refill))
+    found = []
+    if k_bank:
+        distances, rows = memory.nearest(queries, k_bank, passed_over=own)
+        found.append((distances, chosen[rows]))
+    if k_refill:
+        distances, rows = common.nearest_neighbors(
+            queries, patches[refill.cpu()].to(queries), k_refill
+        )
+        found.append((distances, refill[rows]))
+    distances, rows = (torch.cat(both, dim=1) for both in zip(*found, strict=True))
+    distances, order = distances.sort(dim=1, stable=True)
+    return distances[:, :k], rows.gather(1, order)[:, :k]
 
 
 def score_patches(features, vectors, nearest, b: int):

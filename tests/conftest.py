@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+
+from draw_practice_pill import draw_practice_pill  # noqa: E402
 
 SCRIPTS = {
     "autoencoder": ROOT / "01_autoencoder.py",
@@ -37,8 +40,9 @@ def options(**changes):
     settings |= {"batch_size": 4, "load": None, "save": None, "method": "test", "crop": 64}
     settings |= {"backend": "auto", "layers": ["layer2", "layer3"], "neighbors": 3, "coreset": 0.2}
     settings |= {"data": Path("parts"), "resize": 64, "predict": None, "demo": False}
-    settings |= {"fingerprint": None, "data_fingerprint": None}
-    settings |= {"steps": 30, "learning_rate": 2e-3, "latent": 8}
+    settings |= {"fingerprint": None, "data_fingerprint": None, "train_fingerprint": None}
+    settings |= {"steps": 30, "learning_rate": 2e-3, "latent": 8, "size": (64, 64), "bits": 16}
+    settings |= {"false_alarm_rate": 0.05}
     return argparse.Namespace(**settings | changes)
 
 
@@ -67,7 +71,7 @@ def scripts():
 @pytest.fixture(scope="session")
 def original_pill(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "pill"
-    common.draw_practice_pill(folder, seed=1, train=8, good=3, per_defect=1)
+    draw_practice_pill(folder, seed=1, train=8, good=3, per_defect=1)
     return folder
 
 
@@ -93,10 +97,21 @@ def run_script(monkeypatch, capfd, tmp_path):
             runpy.run_path(str(SCRIPTS[method]), run_name="__main__")
         except SystemExit as exit:
             code = exit.code
+        finally:
+            common.pyplot.close("all")
         captured = capfd.readouterr()
         return code, captured.out, captured.err
 
     return run
+
+
+def split(pixels, masks=None):
+    """A `Split` of normal images that were never files."""
+    count, size = len(pixels), pixels.shape[2:]
+    paths = [Path(f"{i:03d}.png") for i in range(count)]
+    masks = torch.zeros(count, *size, dtype=torch.bool) if masks is None else masks
+    good = np.array(["good"] * count, dtype=object)
+    return common.Split(paths, good, pixels, masks, np.ones(count, dtype=bool))
 
 
 @pytest.fixture

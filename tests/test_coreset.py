@@ -55,6 +55,14 @@ def test_covers_every_distinct_row_before_any_duplicate(generator):
     assert len(picks.unique()) == count + 50  # duplicates of rows, never a row twice
 
 
+def test_a_distinct_row_comes_before_a_duplicate_however_near_it_is():
+    features = torch.tensor([[0.0], [0.0], [1000.0], [1000.00006]])
+    for seed in range(8):
+        picks = common.greedy_coreset(features, 4, seed)
+        assert picks.tolist() == naive_greedy(features, 4, picks[0].item())
+        assert len(features[picks[:3]].unique()) == 3
+
+
 def test_the_first_pick_is_drawn_from_the_seed_and_part_of_the_coreset(generator):
     features = torch.randn(1000, 4, generator=generator)
     firsts = {common.greedy_coreset(features, 1, seed).item() for seed in range(20)}

@@ -1,13 +1,14 @@
 """Images of every kind, geometry of images and masks, and the practice pill."""
 
 import hashlib
+from pathlib import Path
 
 import common
 
 import numpy as np
 import pytest
 import torch
-from conftest import options
+from draw_practice_pill import DEFECTS, draw_practice_pill
 from PIL import Image
 from torchvision import transforms
 
@@ -87,11 +88,11 @@ def test_masks_of_any_mode_are_nonzero_where_defective(tmp_path):
 
 @pytest.mark.parametrize("size", [(300, 260), (260, 300), (256, 256)])
 def test_image_and_mask_go_through_the_same_geometry(size):
-    run = options(resize=256, crop=224)
+    run = 256, (224, 224)
     square = np.zeros(size[::-1], np.uint8)
     square[100:160, 90:170] = 255
-    mask = common.prepare(Image.fromarray(square), run, is_mask=True)[0]
-    image = common.prepare(Image.fromarray(square).convert("RGB"), run)
+    mask = common.prepare(Path(), Image.fromarray(square), *run)[0]
+    image = common.prepare(Path(), Image.fromarray(square).convert("RGB"), *run)
     assert image.shape == (3, 224, 224)
     assert set(mask.unique().tolist()) == {0, 255}
     assert ((mask > 0) ^ (image[0] > 127)).sum() < 0.02 * (mask > 0).sum()
@@ -101,9 +102,9 @@ def test_image_and_mask_go_through_the_same_geometry(size):
 
 
 def test_practice_pill_layout_and_masks(original_pill):
-    assert len(list((original_pill / "train/good").glob("*.png"))) == 8
-    for defect in common.DEFECTS:
-        image = Image.open(original_pill / "test" / defect / "000.png")
+    assert len(list((original_pill / "train/good").glob("*.jpg"))) == 8
+    for defect in DEFECTS:
+        image = Image.open(original_pill / "test" / defect / "000.jpg")
         mask = np.asarray(Image.open(original_pill / "ground_truth" / defect / "000_mask.png"))
         assert image.size == mask.shape[::-1] == (320, 320)
         assert 0.0005 < (mask > 0).mean() < 0.4
@@ -111,11 +112,11 @@ def test_practice_pill_layout_and_masks(original_pill):
 
 def test_practice_pill_follows_its_seed(tmp_path, original_pill):
     def fingerprint(folder):
-        files = sorted(folder.rglob("*.png"))
+        files = sorted(folder.rglob("*.*g"))
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
     for name, seed in [("again", 1), ("other", 2)]:
-        common.draw_practice_pill(tmp_path / name, seed, train=8, good=3, per_defect=1)
+        draw_practice_pill(tmp_path / name, seed, train=8, good=3, per_defect=1)
     assert fingerprint(tmp_path / "again") == fingerprint(original_pill)
     assert fingerprint(tmp_path / "other") != fingerprint(original_pill)
     assert not list(tmp_path.glob(".*"))
@@ -123,8 +124,13 @@ def test_practice_pill_follows_its_seed(tmp_path, original_pill):
 
 def test_practice_pill_is_neither_trivial_nor_impossible(tmp_path):
     """The distance to the mean normal image sees something, but far from all."""
-    common.draw_practice_pill(tmp_path / "pill", train=30, good=15, per_defect=4)
-    train, test = common.load_data(options(data=tmp_path / "pill", resize=256, crop=224))
+    draw_practice_pill(tmp_path / "pill", train=30, good=15, per_defect=4)
+    folders = (
+        sorted((tmp_path / "pill" / "train").iterdir()),
+        sorted((tmp_path / "pill" / "test").iterdir()),
+    )
+    files = ([p for folder in part for p in common.image_files(folder)] for part in folders)
+    train, test = (common.load_split(paths, 256, (224, 224)) for paths in files)
     mean = train.pixels.float().mean(0)
     errors = (test.pixels.float() - mean).square().mean(1)
     scores = errors.mean((1, 2)).numpy()

