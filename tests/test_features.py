@@ -75,8 +75,8 @@ def damaged(change):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (damaged(lambda s: s.pop("layer1.0.bn1.weight")), "Missing key(s) in state_dict: \"layer1.0.bn1.weight\""),
-        (damaged(lambda s: s.update(extra=torch.ones(1))), "Unexpected key(s) in state_dict: \"extra\""),
+        (damaged(lambda s: s.pop("fc.bias")), 'Missing key(s) in state_dict: "fc.bias"'),
+        (damaged(lambda s: s.update(extra=torch.ones(1))), 'Unexpected key(s) in state_dict: "ex'),
         (damaged(lambda s: s.update({"conv1.weight": torch.ones(2)})),
          "size mismatch for conv1.weight: copying a param with shape torch.Size([2])"),
         (damaged(lambda s: s["fc.bias"].fill_(torch.nan)), "holds NaN or infinity: get it again"),
@@ -123,7 +123,7 @@ def test_hold_out_is_a_tenth_or_what_the_rate_takes_and_disjoint():
 
 def test_a_loss_that_is_not_finite_is_refused():
     assert common.checked(torch.tensor(0.5), 3, 0.1) == 0.5
-    with pytest.raises(common.UserError, match="0.1: the loss became nan at step 3: lower the"):
+    with pytest.raises(common.UserError, match=r"0\.1: the loss became nan at step 3: lower the"):
         common.checked(torch.tensor(torch.nan), 3, 0.1)
 
 
@@ -188,5 +188,5 @@ def test_collect_fills_one_tensor_and_refuses_what_cannot_fit(generator):
     rows = torch.randn(70, 3, generator=generator)
     assert torch.equal(common.collect(rows.split(16), 70, "rows"), rows)
     if Path("/proc/meminfo").exists():
-        with pytest.raises(common.UserError, match="rows take .* GiB, .* are free: use fewer"):
+        with pytest.raises(common.UserError, match=r"rows take .* GiB, .* are free: use fewer"):
             common.collect(rows.split(16), 10**13, "rows")
