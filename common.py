@@ -57,8 +57,9 @@ from matplotlib import pyplot
 
 with contextlib.suppress(ImportError):  # photos of iPhones; optional
     __import__("pillow_heif").register_heif_opener()
-Image.MAX_IMAGE_PIXELS = 500_000_000  # phones take 200 megapixels; from twice this on it refuses
-warnings.filterwarnings("ignore", module="PIL")  # of odd metadata; what cannot be read is named
+Image.MAX_IMAGE_PIXELS = 250_000_000  # phones take 200 megapixels; from twice this on it refuses
+for library in ("PIL", r"torch\.serialization"):  # of odd contents; what cannot be read is named
+    warnings.filterwarnings("ignore", module=library)
 SECONDS: dict[str, float] = {}  # stage -> wall-clock seconds, for the line that ends a run
 
 
@@ -90,24 +91,8 @@ def stage(name: str):
 # Files in MVTec layout go in, a `Split` of uint8 pixels, labels and masks comes out. Read
 # `load_split`, then `read_image` and `prepare`.
 
-SUFFIXES = set(
-    [
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".heic",
-        ".heif",
-        ".jp2",
-        ".jpeg",
-        ".jpg",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tga",
-    ]
-)
-SUFFIXES = SUFFIXES & set(Image.registered_extensions()) | {".tif", ".tiff", ".webp"}
+SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".webp"} & set(Image.registered_extensions())
+SUFFIXES |= {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff"}
 
 
 class Split(NamedTuple):
@@ -343,14 +328,7 @@ def load_backbone(name="resnet50", weights="imagenet", seed=0) -> torch.nn.Seque
             state = load_torch_file("--weights", ModelFile.get_model_file_path(), "its package")
         else:
             state = download_weights(name)
-        try:
-            network.load_state_dict(state)
-        except Exception as error:  # wrong names, shapes or types: the first of them is enough
-            reason = [*str(error).split("\n\t"), ""][1].strip() or type(error).__name__
-            reason += f" pass the --backbone it belongs to (not {name})"
-            raise UserError(f"--weights {weights}: {reason}") from None
-        if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
-            raise UserError(f"--weights {weights}: holds NaN or infinity: get it again")
+        load_weights(network, state, weights, name)
     fingerprint = digest(network.state_dict())
     network.requires_grad_(False).eval()
     fold_batch_norms(network)
@@ -368,6 +346,18 @@ def load_backbone(name="resnet50", weights="imagenet", seed=0) -> torch.nn.Seque
     backbone = torch.nn.Sequential(OrderedDict(stages))
     backbone.fingerprint = fingerprint
     return backbone
+
+
+def load_weights(network: torch.nn.Module, state: dict, weights: str, name: str) -> None:
+    """Fills a network called `name`. Raises UserError where the state is not one of its own."""
+    try:
+        network.load_state_dict(state)
+    except Exception as error:  # wrong names, shapes or types: the first of them is enough
+        reason = [*str(error).split("\n\t"), ""][1].strip() or type(error).__name__
+        reason += f" pass the --backbone it belongs to (not {name})"
+        raise UserError(f"--weights {weights}: {reason}") from None
+    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+        raise UserError(f"--weights {weights}: holds NaN or infinity: get it again")
 
 
 def fold_batch_norms(network: torch.nn.Module) -> None:
@@ -1337,8 +1327,8 @@ def save_model(options, state, normal_scores, normal_maps, normal_paths, seconds
     highest = scores.argsort(descending=True)[:3]
     named = ", ".join(f"{model['normal_names'][i]} {scores[i]:.4g}" for i in highest)
     spread = f"{scores.min():.4g} to {scores.max():.4g}, median {scores.median():.4g}"
-    note(f"threshold {options.threshold:.4g}, from {len(scores)} normal images that score {spread}; "
-         f"highest: {named}")  # fmt: skip
+    note(f"threshold {options.threshold:.4g}, from {len(scores)} normal images, whose scores are "
+         f"{spread}; highest: {named}")  # fmt: skip
     if not options.save:
         note("the fitted model is not kept: add --save FILE to judge photos with it later")
     return model
@@ -1544,8 +1534,11 @@ def atomic(path: Path):
                 old.unlink(missing_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror or error}): write elsewhere"
+    except (OSError, RuntimeError) as error:  # torch.save raises over the OSError that it got
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        reason = f"cannot be written ({cause.strerror or cause}): write elsewhere"
         raise UserError(f"{path}: {reason}") from None
     finally:
         with contextlib.suppress(OSError):
