@@ -32,6 +32,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import socket
 import tempfile
@@ -60,6 +61,7 @@ with contextlib.suppress(ImportError):  # photos of iPhones; optional
 Image.MAX_IMAGE_PIXELS = 250_000_000  # phones take 200 megapixels; from twice this on it refuses
 for library in ("PIL", r"torch\.serialization"):  # of odd contents; what cannot be read is named
     warnings.filterwarnings("ignore", module=library)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 SECONDS: dict[str, float] = {}  # stage -> wall-clock seconds, for the line that ends a run
 
 
@@ -668,7 +670,7 @@ def farthest_rows(rows, distance, most: int):
 
 # Both once more for an NVIDIA GPU, by CuPy. Search: cuBLAS writes a block of nearness, this kernel
 # reads it once and keeps each query's 32 nearest rows, sorted, one per lane of a warp.
-KEPT = 32
+KEPT, CUDA_ROWS, CUDA_QUERIES = 32, 8192, 4096
 SEARCH_CUDA = r"""
 #define WARP 0xffffffffu
 extern "C" __global__ void keep_best(const float* nearness, int queries, int rows, long long first,
@@ -742,11 +744,11 @@ def search_cupy(bank: MemoryBank, queries, k: int, passed_over=None):
     short = bank.shorten(queries)
     norms = -2 * short[:, -1]
     short[:, -1] = 1
-    for start in range(0, len(bank.rows), 8192):
-        part = slice(start, start + 8192)
+    for start in range(0, len(bank.rows), CUDA_ROWS):
+        part = slice(start, start + CUDA_ROWS)
         rows = bank.shorten(bank.rows[part]) if bank.axes is None else bank.shortened[part]
-        for first in range(0, len(queries), 4096):
-            block = slice(first, first + 4096)
+        for first in range(0, len(queries), CUDA_QUERIES):
+            block = slice(first, first + CUDA_QUERIES)
             nearness = short[block] @ rows.T  # (P, R)
             if passed_over is not None:
                 nearness[:, passed_over[part]] = -torch.inf
