@@ -455,8 +455,10 @@ class MemoryBank:
         self.center, self.axes, self.shortened = rows.mean(0), None, None
         if axes and len(rows) >= 2048 and rows.shape[1] >= 4 * axes:
             self.find_axes(axes)
-        if self.axes is not None:
-            self.shortened = torch.cat([self.shorten(part) for part in rows.split(ROWS)])
+        if self.axes is not None or (axes and rows.numel() <= 2**25):  # to be searched often
+            self.shortened = rows.new_empty(len(rows), self.shorten(rows[:1]).shape[1])
+            for start in range(0, len(rows), ROWS):
+                self.shortened[start : start + ROWS] = self.shorten(rows[start : start + ROWS])
 
     def find_axes(self, m: int) -> None:
         """Takes axes (D, m) of 2048 rows if they leave few enough of those to be measured."""
@@ -505,9 +507,10 @@ def search(bank: MemoryBank, queries, k: int, passed_over=None):
     short = bank.shorten(queries)
     norms = -2 * short[:, -1]  # |q|^2 less the margin
     short[:, -1] = 1
+    kept = bank.shortened
     for start in range(0, len(bank.rows), ROWS):
         part = slice(start, start + ROWS)
-        rows = bank.shorten(bank.rows[part]) if bank.axes is None else bank.shortened[part]
+        rows = bank.shorten(bank.rows[part]) if kept is None else kept[part]
         for first in range(0, len(queries), QUERIES):
             block = slice(first, first + QUERIES)
             # f(q).f(b) - |b|^2 / 2, which is (|q|^2 - bound^2) / 2: the larger, the nearer.
@@ -524,8 +527,9 @@ def improve(bank, queries, norms, nearness, start: int, distances, indices):
     """The k best of the neighbors found so far, (P, k), and of the (R,) rows from `start` on."""
     count, k = distances.shape
     width = GROUP if len(nearness) >= k * GROUP else 1
-    padding = (0, 0, 0, -len(nearness) % width)  # what the last group lacks is never near
-    nearness = torch.nn.functional.pad(nearness, padding, value=-torch.inf)
+    if len(nearness) % width:  # what the last group lacks is never near
+        padding = (0, 0, 0, -len(nearness) % width)
+        nearness = torch.nn.functional.pad(nearness, padding, value=-torch.inf)
     groups = nearness.view(-1, width, count)
     best = groups.amax(1)  # (G, P)
     known = torch.arange(count, device=queries.device).repeat_interleave(k)
@@ -746,7 +750,8 @@ def search_cupy(bank: MemoryBank, queries, k: int, passed_over=None):
     short[:, -1] = 1
     for start in range(0, len(bank.rows), CUDA_ROWS):
         part = slice(start, start + CUDA_ROWS)
-        rows = bank.shorten(bank.rows[part]) if bank.axes is None else bank.shortened[part]
+        shortened = bank.shortened
+        rows = bank.shorten(bank.rows[part]) if shortened is None else shortened[part]
         for first in range(0, len(queries), CUDA_QUERIES):
             block = slice(first, first + CUDA_QUERIES)
             nearness = short[block] @ rows.T  # (P, R)

@@ -6,9 +6,12 @@ On a machine with an NVIDIA GPU the same parts run there, timed by device events
 """
 
 import argparse
+import atexit
+import functools
 import importlib
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +24,7 @@ import common
 
 import conftest
 import torch
+from draw_practice_pill import draw_practice_pill
 from sklearn.neighbors import NearestNeighbors
 
 patchcore = importlib.import_module("04_patchcore")
@@ -62,10 +66,10 @@ def random_rows(rows, columns):
 
 
 def matrix_product(queries, bank):
-    """The arithmetic that no exact search can do without, in blocks that stay in the cache."""
-    for rows in bank.split(8192):
-        for block in queries.split(512 if DEVICE == "cpu" else 4096):
-            common.dot_products(rows, block)
+    """The arithmetic of the plain search, in blocks that stay in the cache."""
+    for rows in bank.split(common.ROWS):
+        for block in queries.split(common.QUERIES):
+            rows @ block.T
 
 
 def faiss_index(bank):
@@ -87,25 +91,89 @@ def cdist_topk(queries, bank, k):
     return torch.cdist(queries, bank).topk(k, largest=False)
 
 
+@functools.cache
+def drawn_pills(count: int, seed=7) -> Path:
+    """A drawn dataset of the size of MVTec AD's pill or any other, kept until the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="pill-"))
+    atexit.register(shutil.rmtree, folder)
+    draw_practice_pill(folder, seed, train=count, good=26, per_defect=6)
+    return folder
+
+
+def pixels_of(paths):
+    return common.load_split(list(paths), 256, (224, 224)).pixels
+
+
+@torch.inference_mode()
+def wide_features(pixels):
+    """(N, 28, 28, 912): EfficientNet-Lite0's depthwise outputs of blocks 4 and 10, ImageNet."""
+    backbone, parts, kept = common.load_backbone("efficientnet_lite0").to(DEVICE), [], {}
+    for name, block in [("fine", backbone.layer2[1]), ("coarse", backbone.layer3[5])]:
+        block._bn1.register_forward_hook(
+            lambda module, inputs, output, name=name: kept.update({name: output.clamp(0, 6)})
+        )
+    for _ in common.extract(backbone, ["layer3"], pixels):
+        parts.append(patchcore.patch_features([kept["fine"], kept["coarse"]]).cpu())
+    return torch.cat(parts)
+
+
+def random_features(pixels):
+    """(N, 28, 28, 1536): layer2 and layer3 of a random ResNet50."""
+    backbone = common.load_backbone("resnet50", "random").to(DEVICE)
+    outputs = common.extract(backbone, ["layer2", "layer3"], pixels)
+    return common.collect((patchcore.patch_features(o) for o in outputs), len(pixels), "features")
+
+
 def benchmark_neighbors(options):
-    for rows in (16_384, 163_840) if DEVICE == "cpu" else (20_932, 209_328):
-        bank = random_rows(rows, 1536)
-        index = faiss_index(bank)
-        for count, k in itertools.product((784, 6_272), (1, 9)):
-            queries = random_rows(count, 1536)
+    """On the bank that 267 pills leave at 10 %, and the patches of 8 new ones."""
+    folder = drawn_pills(267)
+    new = pixels_of(sorted(folder.glob("test/*/000.jpg"))[:8])
+    for name, features_of in {
+        "EfficientNet-Lite0, ImageNet": wide_features,
+        "ResNet50, random": random_features,
+        "Gaussian": None,
+    }.items():
+        if features_of is None:
+            bank, many = random_rows(20_928, 1536), random_rows(6_272, 1536)
+        else:
+            rows = features_of(pixels_of(sorted(folder.glob("train/good/*")))).flatten(0, 2)
+            projected = patchcore.project(rows, 0)
+            bank = rows[common.greedy_coreset(projected, len(rows) // 10)].to(DEVICE)
+            many = features_of(new).flatten(0, 2).to(DEVICE)
+            del rows, projected
+        start = time.perf_counter()
+        memory, index = common.MemoryBank(bank), faiss_index(bank)
+        print(f"\n{name}: prepared in {time.perf_counter() - start:.2f} s, FAISS's index included")
+        for queries, k in itertools.product((many[:784], many), (1, 9)):
             host = queries.cpu().numpy()
             functions = {"FAISS IndexFlatL2": partial(index.search, host, k)} if index else {}
+            functions["MemoryBank.nearest"] = partial(memory.nearest, queries, k)
             functions["nearest_neighbors"] = partial(common.nearest_neighbors, queries, bank, k)
             functions["the bare matrix product"] = partial(matrix_product, queries, bank)
-            if DEVICE == "cuda":
-                functions["nearest_neighbors, torch"] = partial(
-                    common.nearest_neighbors, queries, bank, k, "torch"
-                )
-            if DEVICE == "cuda" or count * rows < 2e7:  # the others take minutes beyond
+            if len(queries) == 784:
                 functions["torch.cdist, topk"] = partial(cdist_topk, queries, bank, k)
                 brute = NearestNeighbors(algorithm="brute").fit(bank.cpu().numpy())
                 functions["scikit-learn brute"] = partial(brute.kneighbors, host, k)
-            compare(f"{count} queries, bank {rows} x 1536, k = {k}", functions, options.repeat)
+            title = f"{len(queries)} queries, bank {len(bank)} x {bank.shape[1]}, k = {k}"
+            compare(title, functions, options.repeat)
+            pairs, measure = [], common.measure
+            common.measure = lambda *a, m=measure, p=pairs: p.append(len(a[2])) or m(*a)
+            memory.nearest(queries, k)
+            common.measure = measure
+            print(f"  measured directly: {sum(pairs) / len(queries):.1f} rows a query")
+
+
+def benchmark_run(_options):
+    """04 at the size of MVTec AD's pill, 267 normal and 68 test images, and its largest memory."""
+    for extra in (["--weights", "random"], ["--backbone", "efficientnet_lite0"]):
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, conftest.SCRIPTS["patchcore"], "--data", drawn_pills(267)]
+            start = time.perf_counter()
+            run = subprocess.run([*command, "--out", out, *extra], capture_output=True, text=True)
+            print(
+                f"\n04 on 267 + 68 images, {' '.join(extra)}: {time.perf_counter() - start:.0f} s"
+            )
+            print(" ", next(line for line in run.stdout.splitlines() if "seconds:" in line))
 
 
 def benchmark_memory(_options):
@@ -139,32 +207,18 @@ def covering_radii(rows, picks, size=0):
     return torch.stack(radii)
 
 
-def practice_pill() -> Path:
-    folder = Path("synthetic_pill")
-    if not folder.exists():
-        common.draw_practice_pill(folder)
-    return folder
-
-
-def real_features(data, rows):
-    """(rows, 128) float32: projected patch features of a folder's normal images, random weights."""
-    options = conftest.options(
-        data=data, resize=256, crop=224, backbone="resnet50", device=DEVICE, batch_size=16
-    )
-    train, _ = common.load_data(options)
-    resnet = common.load_resnet(options)
-    batches = common.extract(resnet, ["layer2", "layer3"], train.pixels, options)
-    patches = torch.cat([patchcore.patch_features(outputs).flatten(0, 2) for outputs in batches])
-    projection = torch.randn(patches.shape[1], 128, generator=torch.Generator().manual_seed(0))
-    projected = patches @ projection.to(patches) / 128**0.5
-    return projected[torch.linspace(0, len(projected) - 1, rows).long()].contiguous()
+def projected_features(folder: Path, rows: int):
+    """(rows, 128) float32: projected wide features of a folder's normal images."""
+    features = wide_features(pixels_of(sorted(folder.glob("train/good/*")))).flatten(0, 2)
+    chosen = torch.linspace(0, len(features) - 1, rows).long()
+    return patchcore.project(features[chosen].contiguous(), 0).to(DEVICE)
 
 
 def benchmark_coreset(options):
     count = 40_960 if DEVICE == "cpu" else 209_328
     sets = {"isotropic Gaussian": random_rows(count, 128)}
-    for data in (practice_pill(), *options.data):
-        sets[f"features of {data.name}"] = real_features(data, count)
+    for data in (drawn_pills(60), *options.data):
+        sets[f"features of {data.name}"] = projected_features(data, count)
     for name, rows in sets.items():
         size = len(rows) // 10
         functions = {}
@@ -191,7 +245,7 @@ def benchmark_coreset(options):
 
 def benchmark_cost(options):
     """cost.png: seconds against the bank's size and against N, on logarithmic axes."""
-    queries, features = random_rows(784, 1536), real_features(practice_pill(), 40_960)
+    queries, features = random_rows(784, 1536), projected_features(drawn_pills(60), 40_960)
     banks, counts = [2_048, 8_192, 32_768, 131_072], [2_560, 5_120, 10_240, 20_480, 40_960]
     search, coreset = [], []
     for rows in banks:
@@ -223,8 +277,8 @@ def benchmark_threshold(options):
         for seed in range(1001, 1001 + options.sets):
             with tempfile.TemporaryDirectory() as folder:
                 data, model = Path(folder) / "pill", Path(folder) / "model.pt"
-                common.draw_practice_pill(data, seed, train=200, good=200, per_defect=0)
-                use = ["--save", model, "--weights", "random"]
+                draw_practice_pill(data, seed, train=200, good=200, per_defect=0)
+                use = ["--save", model, "--backbone", "efficientnet_lite0"]
                 for rate, rates in found.items():
                     command = [sys.executable, conftest.SCRIPTS[method], "--data", data, *use]
                     command += ["--out", folder, "--false-alarm-rate", str(rate)]
@@ -239,7 +293,7 @@ def benchmark_threshold(options):
 
 
 def main():
-    parts = {"neighbors": benchmark_neighbors, "memory": benchmark_memory,
+    parts = {"neighbors": benchmark_neighbors, "memory": benchmark_memory, "run": benchmark_run,
              "coreset": benchmark_coreset, "cost": benchmark_cost}  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=[*parts, "threshold"], default=list(parts))
