@@ -6,7 +6,7 @@ Bergman, Cohen, Hoshen: Deep Nearest Neighbor Anomaly Detection, arXiv:2002.1044
 ImageNet sums up an image in 2048 numbers, the average of its last layer. Keep those of the normal
 images, the memory bank; a new image x is as anomalous as it is far from its k nearest ones:
 
-    d(x) = 1/k * sum over the k nearest y of  |f(x) - f(y)|
+    d(x) = 1/k * sum over the k nearest y of  |f(x) - f(y)|     (the paper squares each distance)
 
 Read `describe` (section 3, feature extraction) and `score`. What to look at: in examples.png, each
 image beside its three nearest normal images; the score is how much they differ for the network.

@@ -1204,7 +1204,7 @@ def picture_grid(options, title, columns, rows, side=1.45, scale=False):
     """
     side = min(side, 10.5 / len(columns))
     aspect = np.mean([np.divide(*cells[0][1].shape[:2]) for _, cells in rows])
-    left, right, top = 1.3 if any(label for label, _ in rows) else 0.1, 0.9 if scale else 0.1, 0.65
+    left, right, top = 1.6 if any(label for label, _ in rows) else 0.1, 0.9 if scale else 0.1, 0.65
     width, height = left + side * len(columns) + right, top + side * aspect * len(rows) + 0.1
     edges = {"left": left / width, "right": 1 - right / width, "bottom": 0.1 / height}
     edges |= {"top": 1 - top / height, "wspace": 0.03, "hspace": 0.03}
@@ -1245,7 +1245,7 @@ def first_of_each_type(test: Split) -> dict[str, int]:
 def draw_examples(options, test: Split, result: Result, run: str) -> None:
     """examples.png: a row per defect type, its highest- and its lowest-scoring image.
 
-    strip.png: the last picture of each type's first image, for `draw_methods`; it names its run.
+    strip.png: one picture of each type's first image, for `draw_methods`; it names its run.
     """
     scores, rows = np.asarray(result.scores), []
     for kind in first_of_each_type(test):
@@ -1265,7 +1265,8 @@ def draw_examples(options, test: Split, result: Result, run: str) -> None:
     figure = picture_grid(options, title, columns, rows, scale=result.maps is not None)
     save_figure(figure, options.out / "examples.png")
     firsts = first_of_each_type(test).values()
-    parts = [pictures_of(options, result, i, test.pixels[i])[-1][2] for i in firsts]
+    most_telling = 0 if result.maps is None else -1  # the nearest image, or the map
+    parts = [pictures_of(options, result, i, test.pixels[i])[most_telling][2] for i in firsts]
     text = PngImagePlugin.PngInfo()
     text.add_text("run", run)
     with atomic(options.out / "strip.png") as temporary:
@@ -1389,11 +1390,8 @@ def calibrate(options, model: dict) -> None:
     options.threshold = conformal_quantile(model["normal_scores"], rate)
     options.map_threshold = options.map_range = None
     if model["normal_peaks"] is not None:
-        low, options.map_threshold = (
-            model["normal_median"],
-            conformal_quantile(model["normal_peaks"], rate),
-        )
-        options.map_range = (low, max(low + 2 * (options.map_threshold - low), low + 1e-12))
+        low, high = model["normal_median"], conformal_quantile(model["normal_peaks"], rate)
+        options.map_threshold, options.map_range = high, (low, max(2 * high - low, low + 1e-12))
 
 
 def predict(options, judge) -> None:
@@ -1414,12 +1412,12 @@ def predict(options, judge) -> None:
     def load(path):
         try:
             image = read_image(path, options.bits)
-            return path, prepare(path, image, options.resize, options.size), image
+            pixels = prepare(path, image, options.resize, options.size)
+            return path, pixels, (image.size, whole_view(image, options))
         except UserError as error:
             return path, None, error
 
-    writer, broken, highest = csv.writer(sys.stdout, lineterminator="\n"), 0, []
-    shape = None
+    writer, broken, highest, shape = csv.writer(sys.stdout, lineterminator="\n"), 0, [], None
     writer.writerow(["path", "score", "predicted"])
     with decoders() as pool, progress(description="predict", total=len(files)) as bar:
         for start in range(0, len(files), options.batch_size):
@@ -1428,11 +1426,11 @@ def predict(options, judge) -> None:
             errors = [error for _, pixels, error in loaded if pixels is None]
             if readable:
                 result = judge(torch.stack([pixels for _, pixels, _ in readable]))
-            for i, (path, pixels, image) in enumerate(readable):
+            for i, (path, pixels, (size, view)) in enumerate(readable):
                 score = float(result.scores[i])
                 writer.writerow([path, f"{score:.9g}", verdict(options, score)])
-                shape = shape or say_what_is_seen(options, image.size)
-                shown = [("photo", "", whole_view(image, options))]
+                shape = shape or say_what_is_seen(options, size)
+                shown = [("photo", "", view)]
                 shown += pictures_of(options, result, i, pixels)
                 try:
                     save_prediction(options, path, score, shown)

@@ -14,7 +14,7 @@ import common
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, SCRIPTS, SMALL
+from conftest import QUICK, SCRIPTS, SMALL, options
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -196,6 +196,84 @@ def test_normal_images_alone_are_enough_to_fit(run_script, pill, tmp_path):
     assert (tmp_path / "model.pt").exists()
 
 
+def test_ground_truth_of_some_types_only(run_script, pill, tmp_path):
+    for kind in ("crack", "scratch"):
+        shutil.rmtree(pill / "ground_truth" / kind)
+    arguments = ["--data", pill, *SMALL, *QUICK["patchcore"]]
+    code, _, err = run_script("patchcore", *arguments)
+    assert code == 0
+    assert "crack: has no folder in ground_truth" in err
+    metrics = json.loads((tmp_path / "results/patchcore/metrics.json").read_text())
+    assert metrics["per_defect"]["crack"]["pixel_auroc"] is None
+    assert metrics["per_defect"]["crack"]["image_auroc"] is not None
+    for figures in (metrics["per_defect"]["color"], metrics):
+        assert 0 < figures["pixel_auroc"] < 1
+        assert 0 < figures["au_pro"] < 1
+
+
+def test_metrics_equal_those_of_all_pixels_sorted_anew(run_script, pill, tmp_path, monkeypatch):
+    """The shared, once-sorted normal pixels give what each subset gives by itself."""
+    seen = []
+    evaluate = common.evaluate
+    monkeypatch.setattr(common, "evaluate", lambda *a: seen.append(a[1:]) or evaluate(*a))
+    assert run_script("patchcore", "--data", pill, *SMALL, *QUICK["patchcore"])[0] == 0
+    metrics = json.loads((tmp_path / "results/patchcore/metrics.json").read_text())
+    ((test, result),) = seen
+    for kind, figures in [*metrics["per_defect"].items(), ("all", metrics)]:
+        rows = (test.defects == kind) | (test.defects == "good") | (kind == "all")
+        maps, masks = result.maps[rows].numpy(), test.masks[rows].numpy()
+        assert figures["pixel_auroc"] == pytest.approx(
+            roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9
+        )
+        assert figures["au_pro"] == pytest.approx(common.au_pro(maps, masks), abs=1e-9)
+
+
+def test_other_content_of_the_same_size_is_other_data(run_script, pill):
+    arguments = ["--data", pill, *SMALL]
+    assert run_script("knn", *arguments, "--neighbors", "3")[0] == 0
+    path = pill / "train/good/000.jpg"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    _, out, _ = run_script("patchcore", *arguments, *QUICK["patchcore"])
+    assert "\nknn" not in out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_whole_photo(method, run_script, pill, tmp_path):
+    for path in pill.rglob("*.*g"):
+        image = Image.open(path)
+        path.unlink()
+        image.resize((400, 300)).save(path.with_suffix(".png"))
+    arguments = ["--data", pill, *SMALL, *QUICK[method], "--save", "m.pt"]
+    code, _, err = run_script(method, *arguments)
+    assert code == 0
+    assert "inspected is only the middle 75% of the width and 100% of the height" in err
+    code, _, err = run_script(method, *arguments, "--crop", "0")
+    assert code == 0
+    assert "inspected is only" not in err
+    code, out, _ = run_script(method, "--load", "m.pt", "--predict", pill / "test")
+    assert (code, len(out.splitlines())) == (0, 11)
+
+
+def test_outline_and_verdict_agree():
+    run = options(threshold=1.0, map_threshold=1.0, map_range=(0.0, 2.0))
+    pixels, quiet = torch.zeros(3, 40, 40), torch.full((40, 40), 0.2)
+    spot = quiet.clone()
+    spot[10:20, 10:20] = 1.5
+    white = [
+        (common.heat_map(run, pixels, anomaly_map, score) == 255).all(2).any()
+        for anomaly_map, score in [(spot, 2), (spot, 0.5), (quiet, 2), (quiet, 0.5)]
+    ]
+    assert white == [True, False, True, False]
+    ring = np.zeros((40, 40), bool)
+    ring[5:35, 5:35] = True
+    ring[15:20, 15:20] = False  # a normal island in a large defect
+    drawn = common.outline(ring)
+    assert drawn[5, 5]
+    assert not drawn[12:23, 12:23].any()
+
+
 # ---------------------------------------------------------------- save, load, predict
 
 
@@ -217,6 +295,9 @@ def test_a_loaded_model_gives_the_same_bits(method, run_script, pill, tmp_path):
     assert Image.open(pictures[0]).width > Image.open(pictures[0]).height
     # Evaluating the loaded model on the test set is the same run again.
     before = (folder / "scores.csv").read_bytes()
+    assert run_script(method, "--load", "model.pt", "--data", pill)[0] == 0
+    assert (folder / "scores.csv").read_bytes() == before
+    shutil.rmtree(pill / "train")  # nothing is fitted: not needed
     assert run_script(method, "--load", "model.pt", "--data", pill)[0] == 0
     assert (folder / "scores.csv").read_bytes() == before
     # One photo at a time, whatever its name.
@@ -316,6 +397,9 @@ def test_options_that_contradict_the_model_are_refused(run_script, model_file, p
     )
     assert code == 0  # the same as fitted: no contradiction
     assert run_script("knn", "--load", "m.pt", "--save", "n.pt")[0] == 2
+    code, _, err = run_script("knn", "--load", "m.pt")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--load m.pt: add --predict PHOTOS or --data DIR" in err
 
 
 # ---------------------------------------------------------------- bad input
@@ -411,6 +495,7 @@ BAD_OPTIONS = {
     "save below a file": ("knn", ["--save", "file.txt/m.pt"], "--save: file.txt cannot be written"),
     "load missing": ("knn", ["--load", "none.pt"], "--load none.pt: no such file"),
     "predict missing": ("knn", ["--predict", "none"], "--predict none: no such file or folder"),
+    "predict without a model": ("knn", ["--predict", "folder"], "by which normal images?"),
     "predict empty": ("knn", ["--predict", "folder"], "--predict folder: holds no image"),
     "no steps": ("autoencoder", ["--steps", "0"], "--steps: 0: expected at least 2"),
     "huge latent": ("autoencoder", ["--latent", "99999"], "at most 4096"),
@@ -432,7 +517,8 @@ def test_bad_options_are_named_in_one_line(run_script, pill, tmp_path, case):
     (tmp_path / "folder").mkdir()
     shutil.rmtree(pill / "test")  # nothing to evaluate: the error must come all the same
     quick = ["--neighbors", "3"] if method == "knn" else []
-    code, _, err = run_script(method, "--data", pill, *SMALL, *quick, *arguments)
+    data = [] if case == "predict without a model" else ["--data", pill]
+    code, _, err = run_script(method, *data, *SMALL, *quick, *arguments)
     *notes, line = err.splitlines()
     assert code == 2
     assert line.startswith("error: ")
@@ -446,6 +532,16 @@ def test_cuda_where_there_is_none(run_script, pill):
     code, _, err = run_script("patchcore", "--data", pill, *SMALL, "--device", "cuda")
     assert (code, err.count("\n")) == (2, 1)
     assert "--device cuda: not available here: use --device cpu" in err
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
+def test_half_a_file_in_the_cache_of_weights(run_script, pill, offline, tmp_path, content):
+    cached = tmp_path / "cache/hub/checkpoints/resnet18-f37072fd.pth"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(content)
+    code, _, err = run_script("knn", "--data", pill, "--backbone", "resnet18")
+    assert code == 2
+    assert f"delete the damaged {cached}" in err
 
 
 def test_no_weights_to_be_had_is_an_error_with_own_data(run_script, pill, offline):

@@ -86,6 +86,63 @@ def test_masks_of_any_mode_are_nonzero_where_defective(tmp_path):
         np.testing.assert_array_equal(np.asarray(found) > 0, mask)
 
 
+def test_a_mask_is_what_a_viewer_shows(tmp_path):
+    """White may be index 0 of a palette, and an alpha channel is no defect."""
+    mask = np.zeros((20, 20), np.uint8)
+    mask[5:9, 3:7] = 255
+    inverted = Image.fromarray((mask == 0).astype(np.uint8), "P")
+    inverted.putpalette([255, 255, 255, 0, 0, 0])
+    for name, image in {"a.png": inverted, "b.png": Image.fromarray(mask).convert("LA")}.items():
+        image.save(tmp_path / name)
+        found = common.read_image(tmp_path / name, is_mask=True)
+        np.testing.assert_array_equal(np.asarray(found), mask)
+
+
+def test_12_bits_in_a_16_bit_file_are_not_black(tmp_path, capsys):
+    for i, highest in enumerate((1500, 4012)):
+        values = np.linspace(0, highest, 2400).reshape(40, 60).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / f"{i}.png")
+    paths = common.image_files(tmp_path)
+    bits, shape = common.survey(paths)
+    assert (bits, shape) == (12, (60, 40))
+    assert "brightest pixel is 4012: read as 12 bits" in capsys.readouterr().err
+    dark, bright = (np.asarray(common.read_image(path, bits)).max() for path in paths)
+    assert (dark, bright) == (1500 >> 4, 4012 >> 4)  # one scale for the whole set
+
+
+def test_what_is_passed_over_is_counted(tmp_path, capsys):
+    for name in ("a.png", "b.jpg", "c.txt", "d.mpg", "e.heic", "f.h5", ".hidden.png"):
+        (tmp_path / name).touch()
+    for name in ("sub", "results", ".git"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "sub")
+    names = [path.name for path in common.image_files(tmp_path)]
+    assert names[:2] == ["a.png", "b.jpg"]
+    err = capsys.readouterr().err
+    for text in ("1 .txt file", "1 .mpg file", "2 subfolder", "1 linked folder"):
+        assert text in err
+    found = common.image_files(tmp_path, recursive=True, leave_out=tmp_path / "results")
+    assert tmp_path / "sub" / "x.png" in found
+    assert not [path for path in found if path.parent.name in ("results", ".git", "link")]
+
+
+def test_frames_beyond_the_first_are_named(tmp_path, capsys, gradient):
+    frame = Image.fromarray(gradient)
+    frame.save(tmp_path / "a.gif", save_all=True, append_images=[frame.rotate(90)])
+    common.survey([tmp_path / "a.gif"])
+    assert "1 files hold several frames or pages" in capsys.readouterr().err
+
+
+def test_the_whole_image_is_resized_not_cropped():
+    image = Image.fromarray(
+        np.arange(300 * 400 * 3, dtype=np.uint32).reshape(300, 400, 3).astype(np.uint8)
+    )
+    assert common.prepare(Path(), image, 256, (256, 352)).shape == (3, 256, 352)
+    with pytest.raises(common.UserError, match="not shaped like 352 x 256"):
+        common.prepare(Path(), image.rotate(90, expand=True), 256, (256, 352))
+
+
 @pytest.mark.parametrize("size", [(300, 260), (260, 300), (256, 256)])
 def test_image_and_mask_go_through_the_same_geometry(size):
     run = 256, (224, 224)

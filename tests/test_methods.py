@@ -5,7 +5,7 @@ import common
 import numpy as np
 import pytest
 import torch
-from conftest import options, split
+from conftest import ROOT, options, split
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
@@ -269,3 +269,19 @@ def test_an_image_of_the_training_set_scores_lower_than_noise(scripts, method, t
         scores = module.score(backbone, common.MemoryBank(state["bank"]), both, run).scores
     assert scores[1] > scores[0]
     assert len(model["normal_scores"]) == (12 if method in ("knn", "patchcore") else 1)
+
+
+def test_the_readme_in_a_notebook(generator):
+    """The README's ten lines, run as they stand on arrays that were never files."""
+    readme = (ROOT / "README.md").read_text()
+    code = readme.split("## In a notebook\n\n```python\n")[1].split("```")[0]
+    train = 100 + 20 * torch.rand(12, 3, 224, 224, generator=generator)
+    test = 100 + 20 * torch.rand(6, 3, 224, 224, generator=generator)
+    masks = torch.zeros(6, 224, 224, dtype=torch.bool)
+    masks[3:, 80:120, 90:150] = True
+    test[masks[:, None].expand(-1, 3, -1, -1)] = 250
+    names = {"train_pixels": train.byte(), "test_pixels": test.byte()}
+    names |= {"masks": masks, "labels": masks.any(2).any(1)}
+    exec(code, names)
+    assert names["auroc"] == 1
+    assert names["pro"] > 0.8
