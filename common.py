@@ -197,7 +197,7 @@ def prepare(path: Path, image: Image.Image, resize: int, size: tuple[int, int]) 
     if height == width:
         image = image_transforms.resize(image, resize, mode)
         return image_transforms.pil_to_tensor(image_transforms.center_crop(image, size))
-    if abs(math.log(image.width / image.height * height / width)) > 0.1:
+    if abs(math.log(image.width / image.height * height / width)) > 0.2:  # rounding aside
         raise UserError(f"{shape}, not shaped like {width} x {height}: --crop 0 takes one shape")
     return image_transforms.pil_to_tensor(image_transforms.resize(image, size, mode))
 

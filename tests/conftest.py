@@ -1,12 +1,17 @@
 """Helpers of all tests: the scripts as modules, the command line, and a small practice pill."""
 
+# ruff: noqa: E402, for what has to happen before the libraries are imported
+
 import argparse
 import importlib
+import os
 import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many processes as cores
 
 import numpy as np
 import pytest
@@ -14,9 +19,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+import common
 
-from draw_practice_pill import draw_practice_pill  # noqa: E402
+from draw_practice_pill import draw_practice_pill
 
 SCRIPTS = {
     "autoencoder": ROOT / "01_autoencoder.py",
