@@ -22,7 +22,7 @@ import torch
 
 
 def add_options(add):
-    # differs from the paper: k = 5 instead of 2; 1, 2, 5 and 9 are alike on the practice pill.
+    # differs from the paper: k = 5 instead of 2.
     add("--neighbors", type=common.number(int, 1), default=5,
         help="k: how many nearest normal images the score averages over (5)")  # fmt: skip
 

@@ -55,7 +55,12 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
     for output in outputs:
         # f_agg (equation 2): the average over the 3 x 3 neighborhood, so that a patch feature sees
         # more than its own cell and small shifts change it little. Zeros pad the border.
-        # differs from the paper: POOLING
+        # differs from the paper: its code keeps the nine neighbors of each channel, averages that
+        # row of C x 9 numbers in order down to 1024 per layer, and the two layers' 2048 to 1024. Of
+        # a ResNet's layer3, whose 1024 channels remain, neighboring channels are thus averaged,
+        # which leaves it a quarter of its weight in squared distances. Measured with EfficientNet-
+        # Lite0, image AUROC / pixel AUROC / AU-PRO: practice pill 0.925 / 0.810 / 0.909 instead of
+        # 0.965 / 0.816 / 0.910, transistor 1.000 / 0.896 / 0.819 instead of 1.000 / 0.946 / 0.903.
         output = torch.nn.functional.avg_pool2d(output, 3, 1, padding=1)
         parts.append(common.resize(output, outputs[0].shape[2:]))
     return torch.cat(parts, dim=1).permute(0, 2, 3, 1)  # ResNet50: (B, 28, 28, 512 + 1024)
