@@ -2,9 +2,10 @@
 
 Imports what the scripts import, once, and forks a child for each request, a line of JSON on stdin.
 The child runs the script as Python would, to the end of its interpreter: an abort there shows in
-its exit code. Requests: {"arguments", "cwd", "stdout", "stderr", and maybe "signals": {function
-of common.py: [number of the call, signal, ...]}, "file_limit": bytes} is answered by a process
-id; {"wait": id} by the exit code, or minus the number of the signal that ended it.
+its exit code. A request names arguments, cwd, stdout and stderr, and maybe signals ({function of
+common.py: [number of the call, signal, ...]}), linger (a function of common.py) and file_limit
+(bytes); it is answered by a process id. {"wait": id} is answered by the exit code, or minus the
+number of the signal that ended it.
 """
 
 import functools
@@ -20,6 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 
+import torch
+
 
 def send_signals(name, number, *signals):
     """Has the process signal itself at the `number`th call of a function of common.py."""
@@ -30,6 +33,19 @@ def send_signals(name, number, *signals):
         if next(calls) == number:
             for each in signals:
                 os.kill(os.getpid(), each)
+        return function(*arguments, **settings)
+
+    setattr(common, name, wrapper)
+
+
+def linger(name):
+    """Has a function of common.py work in torch for a second or so before it does its own."""
+    function = getattr(common, name)
+
+    @functools.wraps(function)
+    def wrapper(*arguments, **settings):
+        for _ in range(300):
+            torch.ones(500_000).add_(1)
         return function(*arguments, **settings)
 
     setattr(common, name, wrapper)
@@ -56,6 +72,8 @@ for line in sys.stdin:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         for function, call in request.get("signals", {}).items():
             send_signals(function, *call)
+        if name := request.get("linger"):
+            linger(name)
         sys.argv = request["arguments"]
         runpy.run_path(sys.argv[0], run_name="__main__")
         break
