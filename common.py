@@ -496,8 +496,12 @@ class MemoryBank:
         if self.backend == "cupy" and k > KEPT:
             raise ValueError(f"k is {k}: backend cupy finds at most {KEPT}: use torch")
         find = search_cupy if self.on_cupy and k <= KEPT else search
-        distances, indices = find(self, queries.to(self.rows.device), k, passed_over)
-        return distances.to(queries.device), indices.to(queries.device)
+        parts = queries.split(2**14)  # what is made of the queries stays small
+        found = [find(self, part.to(self.rows.device), k, passed_over) for part in parts]
+        distances, indices = (
+            torch.cat(both).to(queries.device) for both in zip(*found, strict=True)
+        )
+        return distances, indices
 
 
 def search(bank: MemoryBank, queries, k: int, passed_over=None):
