@@ -484,6 +484,16 @@ class MemoryBank:
             short = torch.cat([along, rest], 1)
         return torch.cat([short, squares * ((self.margin - 1) / 2)], 1)
 
+    def short_rows(self, part: slice) -> torch.Tensor:
+        return self.shorten(self.rows[part]) if self.shortened is None else self.shortened[part]
+
+    def short_queries(self, queries) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Q, m + 2): f(q) and a one, which takes the rows' last column; |q|^2 less the margin."""
+        short = self.shorten(queries)
+        norms = -2 * short[:, -1]
+        short[:, -1] = 1
+        return short, norms
+
     def nearest(self, queries, k=1, passed_over=None):
         """What `nearest_neighbors` returns. passed_over: (N,) bool, rows not to be found."""
         check_rows("queries", queries)
@@ -508,13 +518,10 @@ def search(bank: MemoryBank, queries, k: int, passed_over=None):
     """The k nearest rows of each query: distances (Q, k) and indices (Q, k)."""
     distances = queries.new_full((len(queries), k), torch.inf)
     indices = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
-    short = bank.shorten(queries)
-    norms = -2 * short[:, -1]  # |q|^2 less the margin
-    short[:, -1] = 1
-    kept = bank.shortened
+    short, norms = bank.short_queries(queries)
     for start in range(0, len(bank.rows), ROWS):
         part = slice(start, start + ROWS)
-        rows = bank.shorten(bank.rows[part]) if kept is None else kept[part]
+        rows = bank.short_rows(part)
         for first in range(0, len(queries), QUERIES):
             block = slice(first, first + QUERIES)
             # f(q).f(b) - |b|^2 / 2, which is (|q|^2 - bound^2) / 2: the larger, the nearer.
@@ -749,13 +756,10 @@ def search_cupy(bank: MemoryBank, queries, k: int, passed_over=None):
     kept = min(KEPT, len(bank.rows))
     best = queries.new_full((len(queries), kept), -torch.inf)
     indices = torch.zeros((len(queries), kept), dtype=torch.int64, device=queries.device)
-    short = bank.shorten(queries)
-    norms = -2 * short[:, -1]
-    short[:, -1] = 1
+    short, norms = bank.short_queries(queries)
     for start in range(0, len(bank.rows), CUDA_ROWS):
         part = slice(start, start + CUDA_ROWS)
-        shortened = bank.shortened
-        rows = bank.shorten(bank.rows[part]) if shortened is None else shortened[part]
+        rows = bank.short_rows(part)
         for first in range(0, len(queries), CUDA_QUERIES):
             block = slice(first, first + CUDA_QUERIES)
             nearness = short[block] @ rows.T  # (P, R)
@@ -1141,9 +1145,9 @@ def draw_losses(options, losses) -> None:
     save_figure(figure, options.out / "loss.png")
 
 
-def save_figure(figure, path: Path, **settings) -> None:
+def save_figure(figure, path: Path) -> None:
     with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, facecolor="white", **settings)
+        figure.savefig(temporary, format="png", dpi=110, facecolor="white")
     pyplot.close(figure)
 
 
@@ -1282,9 +1286,7 @@ def draw_methods(options, test: Split, runs: list[dict]) -> None:
     firsts = first_of_each_type(test)
     rows = [("ground truth", [("", ground_truth(test, i)) for i in firsts.values()])]
     for run in runs:
-        with contextlib.suppress(
-            OSError, ValueError, SyntaxError
-        ):  # somebody else's, or half a run
+        with contextlib.suppress(OSError, ValueError, SyntaxError):  # not ours, or half a run
             with Image.open(options.out.parent / run["method"] / "strip.png") as strip:
                 strip.load()
             if strip.text.get("run") == run["run"]:
@@ -1778,6 +1780,10 @@ def load_data(options) -> tuple[Split, Split]:
 
     train: only train/good, and only when a model has to be fitted. test: all of test/*.
     """
+
+    def hashes(paths):  # a file at a time: all of them at once would fill the memory
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
     train, test = [], []
     if options.data:
         folders = sorted(p for p in (options.data / "test").glob("*") if p.is_dir())
@@ -1797,8 +1803,8 @@ def load_data(options) -> tuple[Split, Split]:
             scale = options.resize / min(shape)
             options.size = tuple(max(1, round(side * scale / 32)) * 32 for side in shape[::-1])
         say_what_is_seen(options, shape)
-        options.train_fingerprint = digest([path.read_bytes() for path in train])
-    options.data_fingerprint = digest([options.train_fingerprint, *(p.read_bytes() for p in test)])
+        options.train_fingerprint = digest(hashes(train))
+    options.data_fingerprint = digest([options.train_fingerprint, *hashes(test)])
     settings = options.resize, options.size, options.bits
     with stage("decode"):
         return load_split(train, *settings), load_split(test, *settings)

@@ -164,7 +164,7 @@ def benchmark_neighbors(options):
 
 
 def benchmark_run(_options):
-    """04 at the size of MVTec AD's pill, 267 normal and 68 test images, and its largest memory."""
+    """04 at the size of MVTec AD's pill, 267 normal and 68 test images, by stage."""
     for extra in (["--weights", "random"], ["--backbone", "efficientnet_lite0"]):
         with tempfile.TemporaryDirectory() as out:
             command = [sys.executable, conftest.SCRIPTS["patchcore"], "--data", drawn_pills(267)]
