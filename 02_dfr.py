@@ -47,7 +47,7 @@ def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:
     # is coarser, and a quarter of the memory.
     aligned = [common.resize(output, outputs[0].shape[2:]) for output in outputs]
     stacked = torch.cat(aligned, dim=1)  # ResNet50: (B, 512 + 1024, 28, 28)
-    return nn.functional.avg_pool2d(stacked, 3, 1, padding=1, count_include_pad=False)
+    return nn.functional.avg_pool2d(stacked, 3, 1, padding=1)
 
 
 def latent_size(features: torch.Tensor) -> int:

@@ -906,12 +906,12 @@ def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
 def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor, torch.Tensor]:
     """Splits `count` images: some are kept from training to set the threshold.
 
-    A tenth, or as many as the rate takes (19 for 0.05) if that is at most a third; at least one.
+    A fifth, or as many as the rate takes (19 for 0.05) if that is at most a third; at least one.
     Returns indices (to train on, held out), int64, drawn from `seed`.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     needed = math.ceil(round(1 / false_alarm_rate, 6)) - 1
-    held = max(1, round(count / 10), needed if needed <= count // 3 else 0)
+    held = max(1, round(count / 5), needed if needed <= count // 3 else 0)
     return order[held:].sort().values, order[:held].sort().values
 
 
