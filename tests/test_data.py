@@ -110,6 +110,14 @@ def test_12_bits_in_a_16_bit_file_are_not_black(tmp_path, capsys):
     assert (dark, bright) == (1500 >> 4, 4012 >> 4)  # one scale for the whole set
 
 
+def test_the_shape_is_that_of_the_upright_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a phone held upright
+    Image.new("RGB", (80, 60)).save(tmp_path / "a.jpg", exif=exif)
+    assert common.survey([tmp_path / "a.jpg"])[1] == (60, 80)
+    assert common.read_image(tmp_path / "a.jpg").size == (60, 80)
+
+
 def test_what_is_passed_over_is_counted(tmp_path, capsys):
     for name in ("a.png", "b.jpg", "c.txt", "d.mpg", "e.heic", "f.h5", ".hidden.png"):
         (tmp_path / name).touch()
