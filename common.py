@@ -1714,7 +1714,7 @@ def load_data(options) -> tuple[Split, Split]:
         folders = sorted(p for p in (options.data / "test").glob("*") if p.is_dir())
         folders.sort(key=lambda p: p.name != "good")
         test = [path for folder in folders for path in image_files(folder)]
-        if not test:
+        if not test and not options.save and not options.predict:
             note(f"{options.data / 'test'}: holds no image: there is nothing to evaluate on")
     if not options.load:
         normal = options.data / "train" / "good"

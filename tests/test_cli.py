@@ -189,10 +189,13 @@ def test_without_ground_truth_only_pixel_metrics_are_null(run_script, pill, tmp_
 
 def test_normal_images_alone_are_enough_to_fit(run_script, pill, tmp_path):
     shutil.rmtree(pill / "test")
-    arguments = ["--data", pill, *SMALL, "--neighbors", "3", "--save", "model.pt"]
+    arguments = ["--data", pill, *SMALL, "--neighbors", "3", "--false-alarm-rate", "0.2"]
     code, out, err = run_script("knn", *arguments)
     assert (code, out) == (0, "")
     assert "nothing to evaluate on" in err
+    code, out, err = run_script("knn", *arguments, "--save", "model.pt")
+    assert (code, out) == (0, "")
+    assert [line.split()[0] for line in err.splitlines()] == ["saved", "threshold"]
     assert (tmp_path / "model.pt").exists()
 
 
