@@ -143,8 +143,9 @@ def main():
     network = build_autoencoder(len(state["mean"]), state["d"]).eval()
     network.load_state_dict(state["weights"])
     network = network.to(options.device)
-    judge = lambda pixels: score(backbone, network, state, pixels, options)  # noqa: E731
-    common.report(options, model, test, judge)
+    common.report(
+        options, model, test, lambda pixels: score(backbone, network, state, pixels, options)
+    )
 
 
 if __name__ == "__main__":

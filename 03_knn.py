@@ -74,8 +74,9 @@ def main():
     backbone = common.choose_backbone(options)
     train, test = common.load_data(options)
     model = model or fit(backbone, train, options)
-    judge = lambda pixels: score(backbone, model["state"], pixels, options)  # noqa: E731
-    common.report(options, model, test, judge)
+    common.report(
+        options, model, test, lambda pixels: score(backbone, model["state"], pixels, options)
+    )
 
 
 if __name__ == "__main__":

@@ -238,8 +238,7 @@ def main():
     model = model or fit(backbone, train, options)
     bank = model["state"]["bank"].to(options.device)
     memory = common.MemoryBank(bank, backend=options.backend)
-    judge = lambda pixels: score(backbone, memory, pixels, options)  # noqa: E731
-    common.report(options, model, test, judge)
+    common.report(options, model, test, lambda pixels: score(backbone, memory, pixels, options))
 
 
 if __name__ == "__main__":

@@ -1048,7 +1048,10 @@ def whole_view(image: Image.Image, options) -> np.ndarray:
 
 def pictures_of(options, result: Result, i: int, pixels) -> list:
     """[(title, caption, (h, w, 3) uint8)]: what the method shows of image i, the map last."""
-    shown = [(title, captions[i], images[i]) for title, captions, images in result.pictures]
+    shown = []
+    for title, captions, images in result.pictures:  # which may be smaller, and square
+        picture = Image.fromarray(images[i]).resize(options.size[::-1])
+        shown.append((title, captions[i], np.asarray(picture)))
     if result.maps is not None:
         heat = heat_map(options, pixels, result.maps[i], result.scores[i])
         shown.append(("anomaly map", "", heat))
@@ -1433,7 +1436,7 @@ def atomic(path: Path):
     temporary = path.with_name(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(".*.tmp"):
+        for old in path.parent.glob(".*.tmp") if os.name == "posix" else ():
             with contextlib.suppress(PermissionError, ValueError):  # another user's; not ours
                 try:
                     os.kill(int(old.name[1:-4]), 0)
