@@ -68,12 +68,16 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
 
 
 def fit(backbone, train: common.Split, options) -> dict:
-    """Section 3.2, algorithm 1: the memory bank, and what normal images score against it."""
+    """Section 3.2, algorithm 1: the memory bank, and what normal images score against it.
+
+    Lets go of train.pixels as soon as their features are there. Returns the model.
+    """
     start, count = time.perf_counter(), len(train.paths)
     batches = common.extract(
         backbone, options.layers, train.pixels, options.batch_size, "fit: features"
     )
     features = common.collect(map(patch_features, batches), count, f"{count} images' features")
+    train.pixels.set_()  # empty: the features stand for the images now
     patches = features.flatten(0, 2)  # (N, h, w, C) -> (N * h * w, C)
     size = max(1, round(options.coreset * len(patches)))
     if options.neighbors > size:

@@ -1565,8 +1565,8 @@ def parse_options(method: str, description: str, add_options=lambda add: None):
         raise UserError(f"{message} (see --help)")
 
     parser.error = refuse
+    parser.set_defaults(method=method, fingerprint=None, train_fingerprint=None)  # found later
     options, model = parser.parse_args(), None
-    found_later = {"method": method, "fingerprint": None, "train_fingerprint": None, "bits": 16}
     if options.load:
         model = load_model(options.load, method)
         settings = model["settings"]
@@ -1579,7 +1579,6 @@ def parse_options(method: str, description: str, add_options=lambda add: None):
                     f"{option} {vars(options)[name]}: {options.load} was fitted with "
                     f"{settings[name]}: leave {option} out or fit again"
                 )
-    options = argparse.Namespace(**found_later | vars(options))
     check_options(options)
     SECONDS["start-up"] = time.process_time()  # of the processor, since Python started: imports
     if model:

@@ -216,7 +216,7 @@ def test_the_threshold_of_patchcore_comes_from_banks_without_the_image(
     monkeypatch.setattr(scripts["patchcore"], "draw_coreset", lambda *_: None)
     run = options(coreset=1.0, neighbors=1)
     backbone = common.load_backbone("resnet18", "random")
-    model = scripts["patchcore"].fit(backbone, split(pixels), run)
+    model = scripts["patchcore"].fit(backbone, split(pixels.clone()), run)
     batches = common.extract(backbone, run.layers, pixels)
     features = torch.cat([scripts["patchcore"].patch_features(outputs) for outputs in batches])
     for i, score in enumerate(model["normal_scores"]):
