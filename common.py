@@ -413,22 +413,27 @@ def search(bank: MemoryBank, queries, k: int, passed_over=None):
 def improve(bank, queries, norms, nearness, start: int, distances, indices):
     """The k best of the neighbors found so far, (P, k), and of the (R,) rows from `start` on."""
     count, k = distances.shape
+    width = 32 if len(nearness) % 32 == 0 else 1  # rows that are ruled out at once: a group
+    groups = nearness.view(width, -1, count)
+    best = groups.amax(0)  # (G, P)
     known = torch.arange(count, device=queries.device).repeat_interleave(k)
     kth = distances[:, -1]
-    if start == 0 and len(nearness) >= k:  # measure the k rows that look nearest
-        near, row = nearness.topk(k, dim=0)  # (k, P)
+    if start == 0 and len(best) >= k:  # measure the best row of each of the k best groups
+        near, group = best.topk(k, dim=0)  # (k, P)
+        inside = groups.gather(1, group.expand(width, -1, -1)).argmax(0)
+        row = inside * len(best) + group
         first = measure(queries, bank, known, row.T.flatten()).view(count, k)
         kth = first.masked_fill(-torch.inf == near.T, torch.inf).amax(1)
     limit = (norms - kth.square()) / 2  # what nearness a row within that distance has, or more
     limit = limit.clamp(min=torch.finfo(limit.dtype).min)
-    row, query = (nearness >= limit).nonzero(as_tuple=True)
-    row = start + row
-    # Known neighbors first, whose indices are lower. Sorted by distance, then by query, both
-    # stably, the lowest index comes first among equals, and each query's k best stand together.
+    group, query = (best >= limit).nonzero(as_tuple=True)
+    inside, which = (groups[:, group, query] >= limit[query]).nonzero(as_tuple=True)
+    row, query = start + inside * len(best) + group[which], query[which]
+    # Sorted by query, then distance: a float above 0 sorts like the integer of its bits. Known
+    # neighbors stand first, whose indices are lower, so among equals the lowest index does.
     distance = torch.cat([distances.flatten(), measure(queries, bank, query, row)])
     query, row = torch.cat([known, query]), torch.cat([indices.flatten(), row])
-    order = distance.argsort(stable=True)
-    order = order[query[order].argsort(stable=True)]
+    order = ((query << 32) + distance.view(torch.int32)).argsort(stable=True)
     counts = torch.bincount(query, minlength=count)
     order = order[(counts.cumsum(0) - counts)[:, None] + torch.arange(k, device=order.device)]
     return distance[order], row[order]
