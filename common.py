@@ -195,20 +195,6 @@ def prepare(path: Path, image: Image.Image, resize: int, size: tuple[int, int]) 
     return image_transforms.pil_to_tensor(image_transforms.resize(image, size, mode))
 
 
-def in_threads(function, items, description=""):
-    """Yields function(item) for each, in order; Pillow lets go of Python's lock while it decodes.
-
-    The threads are waited for on every way out: what still decodes when the interpreter ends would
-    take it down with an abort.
-    """
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        found = pool.map(function, items)
-        yield from progress(found, description, total=len(items)) if description else found
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 # ------------------------------------------------------------------ 2. features by forward hooks
 #
 # A pretrained network (`load_backbone`) and pixels go in, what its stages put out comes out, batch
@@ -1709,6 +1695,20 @@ def image_files(folder: Path, recursive=False, leave_out=None) -> list[Path]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in passed.items())
         note(f"{folder}: passed over {kinds}{advice}")
     return sorted(found)
+
+
+def in_threads(function, items, description=""):
+    """Yields function(item) for each, in order; Pillow lets go of Python's lock while it decodes.
+
+    The threads are waited for on every way out: what still decodes when the interpreter ends would
+    take it down with an abort.
+    """
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        found = pool.map(function, items)
+        yield from progress(found, description, total=len(items)) if description else found
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def load_data(options) -> tuple[Split, Split]:
