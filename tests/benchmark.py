@@ -20,9 +20,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import conftest  # makes the scripts importable
+
+# isort: split
 import common
 
-import conftest
 import torch
 from draw_practice_pill import draw_practice_pill
 from sklearn.neighbors import NearestNeighbors
