@@ -838,17 +838,11 @@ def evaluate(options, test: Split, result: Result) -> dict:
         return dict(zip(names, found, strict=True))
 
     whole = figures(*kinds)
-    threshold = {
-        "score": options.threshold,
-        "map": options.map_threshold,
-        "false_alarm_rate": options.false_alarm_rate,
-        "normal_images": int((~labels).sum()),
-        "false_alarms": int(predicted[~labels].sum()),
-        "defective_images": whole.pop("images"),
-        "detected": whole.pop("detected"),
-        "f1": None,
-        "oracle": None,
-    }
+    threshold = {"score": options.threshold, "map": options.map_threshold}
+    threshold |= {"false_alarm_rate": options.false_alarm_rate, "f1": None, "oracle": None}
+    threshold |= {"defective_images": whole.pop("images"), "detected": whole.pop("detected")}
+    threshold["normal_images"] = int((~labels).sum())
+    threshold["false_alarms"] = int(predicted[~labels].sum())
     if whole["image_auroc"] is not None:
         precision, recall, thresholds = precision_recall_curve(labels, scores)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
@@ -1297,12 +1291,10 @@ def save_model(options, state, normal_scores, normal_maps, normal_paths, seconds
 def load_model(path: Path, method: str) -> dict:
     """Reads what `save_model` wrote. Raises UserError for anything else."""
     model = load_torch_file("--load", path, "a file by --save")
-    if model.get("format") is None:
-        raise UserError(f"--load {path}: not a saved model: expected a file written by --save")
     for name, expected in [("format", FORMAT), ("method", method)]:
         if model.get(name) != expected:
             found = f"{name} is {model.get(name)!r}, expected {expected!r}"
-            raise UserError(f"--load {path}: {found}: fit again with --save")
+            raise UserError(f"--load {path}: not a saved model of this kind: {found}: fit again")
     if model.pop("digest", None) != digest(model):
         raise UserError(f"--load {path}: damaged or changed since it was saved: get it again")
     return model

@@ -11,6 +11,7 @@ import functools
 import importlib
 import itertools
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # the tests take one
 import conftest  # makes the scripts importable
 
 # isort: split

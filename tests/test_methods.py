@@ -1,5 +1,8 @@
 """Each method's own mathematics: shapes, equations by hand, scikit-learn as the reference."""
 
+import subprocess
+import sys
+
 import common
 
 import numpy as np
@@ -271,6 +274,12 @@ def test_an_image_of_the_training_set_scores_lower_than_noise(scripts, method, t
         scores = module.score(backbone, common.MemoryBank(state["bank"]), both, run).scores
     assert scores[1] > scores[0]
     assert len(model["normal_scores"]) == (12 if method in ("knn", "patchcore") else 2)
+
+
+def test_the_benchmark_starts_as_a_script(tmp_path):
+    command = [sys.executable, ROOT / "tests" / "benchmark.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "neighbors" in done.stdout
 
 
 def test_the_readme_in_a_notebook(generator):
