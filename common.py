@@ -1123,16 +1123,18 @@ def draw_methods(options, test: Split, runs: list[dict]) -> None:
     """methods.png: every comparable method's picture of the same images, one below the other."""
     firsts = first_of_each_type(test)
     names = [kind.replace("_", " ") for kind in firsts]
-    rows = [("ground truth", [ground_truth(test, i) for i in firsts.values()])]
+
+    def row(label, parts):
+        return label, [(name, "", part) for name, part in zip(names, parts, strict=True)]
+
+    rows = [row("ground truth", [ground_truth(test, i) for i in firsts.values()])]
     for run in runs:
         with contextlib.suppress(OSError, ValueError, SyntaxError):  # not ours, or half a run
             with Image.open(options.out.parent / run["method"] / "strip.png") as strip:
                 parts = np.split(np.asarray(strip), len(firsts), axis=1)
             auroc = "" if run["image_auroc"] is None else f"AUROC {run['image_auroc']:.3f}"
             weights = run["weights"].replace("pretrained ", "").replace(", ", "\n")
-            rows.append((f"{run['method']}\n{weights}\n{auroc}", parts))
-    rows = [(label, [(name, "", part) for name, part in zip(names, parts, strict=True)])
-            for label, parts in rows]  # fmt: skip
+            rows.append(row(f"{run['method']}\n{weights}\n{auroc}", parts))
     title = f"all methods so far on {options.data.resolve().name}, first image of each type"
     picture_grid(options, options.out.parent / "methods.png", drawable(title), rows)
 
@@ -1281,8 +1283,8 @@ def save_model(options, state, normal_scores, normal_maps, normal_paths, seconds
     highest = scores.argsort(descending=True)[:3]
     named = ", ".join(f"{normal_paths[i].name} {scores[i]:.4g}" for i in highest)
     spread = f"{scores.min():.4g} to {scores.max():.4g}, median {scores.median():.4g}"
-    note(f"threshold {options.threshold:.4g}, from {len(scores)} normal images, whose scores are "
-         f"{spread}; highest: {named}")  # fmt: skip
+    origin = f"from {len(scores)} normal images, whose scores are {spread}; highest: {named}"
+    note(f"threshold {options.threshold:.4g}, {origin}")
     if not options.save:
         note("the fitted model is not kept: add --save FILE to judge photos with it later")
     return model
@@ -1368,7 +1370,8 @@ def predict(options, judge) -> None:
             if not highest:
                 say_what_is_seen(options, size)
             shown = [("photo", "", view), *pictures_of(options, result, i, pixels)]
-            highest = sorted([*highest, (score, path.name, shown)], key=lambda h: -h[0])[:10]
+            label = f"{path.name[-24:]}\n{score:.4g}\n{verdict(options, score)}"
+            highest = sorted([*highest, (score, label, shown)], key=lambda h: -h[0])[:10]
             try:
                 draw_prediction(options, path, score, shown)
             except UserError as error:
@@ -1379,8 +1382,7 @@ def predict(options, judge) -> None:
         sys.stdout.flush()
     if highest:
         title = f"the highest scores; defect above {options.threshold:.4g}\n{run_label(options)}"
-        rows = [(f"{name[-24:]}\n{score:.4g}\n{verdict(options, score)}", shown)
-                for score, name, shown in highest]  # fmt: skip
+        rows = [(label, shown) for _, label, shown in highest]
         place, scale = options.out / "predictions.png", options.map_range is not None
         picture_grid(options, place, title, rows, side=2.2, scale=scale)
     done = f"judged {len(files) - broken} images, {broken} broken"
@@ -1409,8 +1411,8 @@ def say_what_is_seen(options, shape: tuple[int, int]) -> None:
     if options.crop and max(shape) > 1.02 * min(shape):
         seen = (min(1, options.crop * min(shape) / options.resize / side) for side in shape)
         width, height = (f"{share:.0%}" for share in seen)
-        note(f"images of {shape[0]} x {shape[1]}: inspected is only the middle {width} of the "
-             f"width and {height} of the height: fit with --crop 0 to see all")  # fmt: skip
+        seen = f"inspected is only the middle {width} of the width and {height} of the height"
+        note(f"images of {shape[0]} x {shape[1]}: {seen}: fit with --crop 0 to see all")
 
 
 @contextlib.contextmanager
@@ -1514,13 +1516,13 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     add = parser.add_argument
     backbones = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
     backbones += ["efficientnet_lite0"]
+    networks = "any torchvision ResNet (resnet50) or efficientnet_lite0"
     whole = "center crop in pixels (224); 0: the whole image"
     rate = "share of normal images that the threshold may report (0.05)"
     add("--data", type=path, metavar="DIR", help="MVTec layout (default: the practice pill)")
     add("--out", type=path, metavar="DIR", default=Path("results"), help="default: results")
     add("--weights", metavar="W", default="imagenet", help="imagenet (default), random or FILE.pth")
-    add("--backbone", choices=backbones, metavar="B", default="resnet50",
-        help="any torchvision ResNet (resnet50) or efficientnet_lite0")  # fmt: skip
+    add("--backbone", choices=backbones, metavar="B", default="resnet50", help=networks)
     add("--resize", type=number(int, 32, 4096), default=256, help="shorter side in pixels (256)")
     add("--crop", type=number(int, 0, 4096), default=224, help=whole)
     add("--batch-size", type=number(int, 1), default=16, help="images at a time (16)")
@@ -1626,8 +1628,8 @@ def choose_backbone(options) -> torch.nn.Sequential:
         except UserError:
             if not options.demo or options.weights != "imagenet":
                 raise
-            note("the ImageNet weights cannot be downloaded: this demonstration goes on with "
-                 "EfficientNet-Lite0, whose ImageNet weights pip has installed")  # fmt: skip
+            fallback = "EfficientNet-Lite0, whose ImageNet weights pip has installed"
+            note(f"no ImageNet weights can be downloaded: this demo goes on with {fallback}")
             options.backbone = "efficientnet_lite0"
             backbone = load_backbone(options.backbone, "imagenet")
     if options.fingerprint not in (None, backbone.fingerprint):
