@@ -275,12 +275,11 @@ def to_maps(grids: torch.Tensor, size: tuple[int, int], sigma=4.0) -> torch.Tens
 # in `MemoryBank`, then `search`: a product of few columns rules out nearly all rows, and what is
 # left is measured.
 
-AXES = 128  # columns of the product: 64 and 256 were within a third of its speed on real features
-ROWS, QUERIES = 4096, 512  # that meet at a time: 8 MB of products, which stay in the cache
+AXES, GROUP, ROWS = 128, 32, 4096  # m; rows ruled out at once; rows prepared at once
 
 
 def nearest_neighbors(queries, bank, k=1, backend="auto"):
-    """Exact Euclidean k-nearest neighbors, in memory that does not grow with the bank.
+    """Exact Euclidean k-nearest neighbors, in memory that is small beside the bank.
 
     queries: (Q, D) float32, Q may be 0. bank: (N, D) float32. Any strides, any devices.
     Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, among equals the lowest
@@ -308,56 +307,45 @@ class MemoryBank:
 
     Rounding hides no neighbor: the squared bound is wrong by some eps * sqrt(D) * (|q|^2 + |b|^2),
     as errors of a sum add up like a random walk (Higham and Mary 2019), and is lowered by eight
-    times that. The margin belongs to the pair: one long row costs the others nothing. To count from
-    the rows' mean keeps it small.
+    times that. The margin belongs to the pair: one long row costs the others nothing.
     """
 
     def __init__(self, rows: torch.Tensor, axes=AXES, backend="auto"):
         """axes: m, at most; where so few do not serve, and for 0, f(x) = x: the plain product."""
         check_rows("bank", rows)
         self.rows, self.backend, self.on_cupy = rows, backend, uses_cupy(backend, rows)
-        self.margin = 8 * torch.finfo(torch.float32).eps * rows.shape[1] ** 0.5
-        self.center, self.axes, self.shortened = rows.mean(0), None, None
+        self.axes = None
         if axes and len(rows) >= 2048 and rows.shape[1] >= 4 * axes:
             self.find_axes(axes)
-        if self.axes is not None or (axes and rows.numel() <= 2**25):  # to be searched often
-            self.shortened = rows.new_empty(len(rows), self.shorten(rows[:1]).shape[1])
-            for start in range(0, len(rows), ROWS):
-                self.shortened[start : start + ROWS] = self.shorten(rows[start : start + ROWS])
+        short, norms = zip(*map(self.shorten, rows.split(ROWS)), strict=True)
+        self.short = rows if self.axes is None else torch.cat(short)
+        self.offsets = torch.cat(norms) / -2
 
     def find_axes(self, m: int) -> None:
         """Takes axes (D, m) of 2048 rows if they leave few enough of those to be measured."""
         generator = torch.Generator().manual_seed(0)
         sample = torch.randperm(len(self.rows), generator=generator)[:2048].to(self.rows.device)
-        sample = self.rows[sample] - self.center
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # the method is a randomized one
-            self.axes = torch.linalg.qr(torch.pca_lowrank(sample, m, center=False)[2]).Q
-        short = self.shorten(sample + self.center)[:, :-1]
+        sample, self.center = self.rows[sample], self.rows.mean(0)
+        centered = sample - self.center
+        self.axes = centered[:m].T
+        for _ in range(3):  # each multiplies by the covariance, which turns them to its main axes
+            self.axes = torch.linalg.qr(centered.T @ (centered @ self.axes)).Q
+        short, _ = self.shorten(sample)
         nearest = torch.cdist(sample[:64], sample[64:]).amin(1, keepdim=True)
         left = (torch.cdist(short[:64], short[64:]) <= nearest).float().mean()
-        if 20 * left > 1 - m / len(self.center):  # to measure a row takes as long as 20 products
+        if 20 * left > 1 - m / len(self.axes):  # to measure a row takes as long as 20 products
             self.axes = None
 
-    def shorten(self, rows: torch.Tensor) -> torch.Tensor:
-        """(n, D) to (n, m + 2): f(x), and -|x|^2 / 2 less the margin."""
-        short = rows - self.center
-        squares = short.square().sum(1, keepdim=True)
+    def shorten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """f(x), (n, m + 1), and |x|^2, (n,), less the margin."""
+        short = x
         if self.axes is not None:
-            along = short @ self.axes
-            rest = torch.linalg.vector_norm(short - along @ self.axes.T, dim=1, keepdim=True)
+            x = x - self.center
+            along = x @ self.axes
+            rest = torch.linalg.vector_norm(x - along @ self.axes.T, dim=1, keepdim=True)
             short = torch.cat([along, rest], 1)
-        return torch.cat([short, squares * ((self.margin - 1) / 2)], 1)
-
-    def short_rows(self, part: slice) -> torch.Tensor:
-        return self.shorten(self.rows[part]) if self.shortened is None else self.shortened[part]
-
-    def short_queries(self, queries) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Q, m + 2): f(q) and a one, which takes the rows' last column; |q|^2 less the margin."""
-        short = self.shorten(queries)
-        norms = -2 * short[:, -1]
-        short[:, -1] = 1
-        return short, norms
+        margin = 8 * torch.finfo(torch.float32).eps * x.shape[1] ** 0.5
+        return short, (1 - margin) * torch.linalg.vector_norm(x, dim=1).square()
 
     def nearest(self, queries, k=1, passed_over=None):
         """What `nearest_neighbors` returns. passed_over: (N,) bool, rows not to be found."""
@@ -370,59 +358,51 @@ class MemoryBank:
             raise ValueError(f"k is {k}: expected 1 to {count}, the rows of the bank")
         if self.backend == "cupy" and k > KEPT:
             raise ValueError(f"k is {k}: backend cupy finds at most {KEPT}: use torch")
+        offsets = self.offsets
+        if passed_over is not None:
+            offsets = offsets.masked_fill(passed_over, -torch.inf)
         find = search_cupy if self.on_cupy and k <= KEPT else search
-        parts = queries.split(2**14)  # what is made of the queries stays small
-        found = [find(self, part.to(self.rows.device), k, passed_over) for part in parts]
-        return tuple(torch.cat(both).to(queries.device) for both in zip(*found, strict=True))
+        found = find(self, offsets, queries.to(self.rows.device), k)
+        return tuple(both.to(queries.device) for both in found)
 
 
-def search(bank: MemoryBank, queries, k: int, passed_over=None):
-    """The k nearest rows of each query: distances (Q, k) and indices (Q, k)."""
-    distances = queries.new_full((len(queries), k), torch.inf)
-    indices = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
-    short, norms = bank.short_queries(queries)
-    for start in range(0, len(bank.rows), ROWS):
-        part = slice(start, start + ROWS)
-        rows = bank.short_rows(part)
-        for first in range(0, len(queries), QUERIES):
-            block = slice(first, first + QUERIES)
-            # f(q).f(b) - |b|^2 / 2, which is (|q|^2 - bound^2) / 2: the larger, the nearer.
-            nearness = rows @ short[block].T  # (R, P)
-            if passed_over is not None:
-                nearness[passed_over[part]] = -torch.inf
-            found = distances[block], indices[block]
-            found = improve(bank.rows, queries[block], norms[block], nearness, start, *found)
-            distances[block], indices[block] = found
-    return distances, indices
+def search(bank: MemoryBank, offsets, queries, k: int):
+    """The k nearest rows of each query: distances (Q, k) and indices (Q, k).
 
-
-def improve(bank, queries, norms, nearness, start: int, distances, indices):
-    """The k best of the neighbors found so far, (P, k), and of the (R,) rows from `start` on."""
-    count, k = distances.shape
-    width = 32 if len(nearness) % 32 == 0 else 1  # rows that are ruled out at once: a group
-    groups = nearness.view(width, -1, count)
-    best = groups.amax(0)  # (G, P)
-    known = torch.arange(count, device=queries.device).repeat_interleave(k)
-    kth = distances[:, -1]
-    if start == 0 and len(best) >= k:  # measure the best row of each of the k best groups
-        near, group = best.topk(k, dim=0)  # (k, P)
-        inside = groups.gather(1, group.expand(width, -1, -1)).argmax(0)
-        row = inside * len(best) + group
-        first = measure(queries, bank, known, row.T.flatten()).view(count, k)
-        kth = first.masked_fill(-torch.inf == near.T, torch.inf).amax(1)
-    limit = (norms - kth.square()) / 2  # what nearness a row within that distance has, or more
-    limit = limit.clamp(min=torch.finfo(limit.dtype).min)
-    group, query = (best >= limit).nonzero(as_tuple=True)
-    inside, which = (groups[:, group, query] >= limit[query]).nonzero(as_tuple=True)
-    row, query = start + inside * len(best) + group[which], query[which]
-    # Sorted by query, then distance: a float above 0 sorts like the integer of its bits. Known
-    # neighbors stand first, whose indices are lower, so among equals the lowest index does.
-    distance = torch.cat([distances.flatten(), measure(queries, bank, query, row)])
-    query, row = torch.cat([known, query]), torch.cat([indices.flatten(), row])
-    order = ((query << 32) + distance.view(torch.int32)).argsort(stable=True)
-    counts = torch.bincount(query, minlength=count)
-    order = order[(counts.cumsum(0) - counts)[:, None] + torch.arange(k, device=order.device)]
-    return distance[order], row[order]
+    offsets: (N,), bank.offsets, or -inf for a row not to be found.
+    """
+    count, found = len(bank.rows), []
+    width = GROUP if count >= k * GROUP else 1
+    padded = -(-count // width) * width
+    at_once = 32 * max(1, 2**19 // count)  # 64 MB of products
+    buffer = queries.new_empty(padded * min(at_once, len(queries)))  # new memory would cost as much
+    for block in queries.split(at_once):
+        short, norms = bank.shorten(block)
+        # f(q).f(b) - |b|^2 / 2, which is (|q|^2 - bound^2) / 2: the larger, the nearer.
+        nearness = buffer[: padded * len(block)].view(padded, len(block))
+        nearness[count:] = -torch.inf
+        torch.addmm(offsets[:, None], bank.short, short.T, out=nearness[:count])
+        groups = nearness.unflatten(0, (-1, width))  # (G, width, P)
+        best = groups.amax(1)
+        # Measure the best row of each of the k best groups: the k-th nearest is no farther.
+        top, group = (t.T for t in best.topk(k, dim=0))  # (P, k)
+        every = torch.arange(len(block), device=block.device)
+        query, group = every.repeat_interleave(k), group.flatten()
+        row = group * width + groups[group, :, query].argmax(1)
+        first = measure(block, bank.rows, query, row.clamp(max=count - 1)).view_as(top)
+        kth = first.masked_fill(top == -torch.inf, torch.inf).amax(1)
+        limit = (norms - kth.square()) / 2  # what nearness a row within that distance has, or more
+        limit = limit.clamp(min=torch.finfo(limit.dtype).min)
+        group, query = (best >= limit).nonzero(as_tuple=True)
+        which, inside = (groups[group, :, query] >= limit[query, None]).nonzero(as_tuple=True)
+        query, row = query[which], group[which] * width + inside
+        distance = measure(block, bank.rows, query, row)
+        # By query, then distance, then row: a float above 0 sorts like the integer of its bits.
+        order = ((query << 32) + distance.view(torch.int32)).argsort(stable=True)
+        ahead = torch.searchsorted(query[order], every)
+        order = order[ahead[:, None] + torch.arange(k, device=block.device)]
+        found.append((distance[order], row[order]))
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def measure(queries, rows, query, row):
@@ -608,35 +588,30 @@ extern "C" __global__ void update_and_pick(const float4* features, float* distan
 """
 
 
-def search_cupy(bank: MemoryBank, queries, k: int, passed_over=None):
+def search_cupy(bank: MemoryBank, offsets, queries, k: int):
     """What `search` returns, for CUDA tensors and k up to 32. If the last of 32 rows is not surely
     farther than the k-th distance, a nearer one may have been lost: `search` does that query."""
-    kept = min(KEPT, len(bank.rows))
-    best = queries.new_full((len(queries), kept), -torch.inf)
-    indices = torch.zeros((len(queries), kept), dtype=torch.int64, device=queries.device)
-    short, norms = bank.short_queries(queries)
-    for start in range(0, len(bank.rows), CUDA_ROWS):
-        part = slice(start, start + CUDA_ROWS)
-        rows = bank.short_rows(part)
-        for first in range(0, len(queries), CUDA_QUERIES):
-            block = slice(first, first + CUDA_QUERIES)
-            nearness = short[block] @ rows.T  # (P, R)
-            if passed_over is not None:
-                nearness[:, passed_over[part]] = -torch.inf
+    kept, found = min(KEPT, len(bank.rows)), []
+    for block in queries.split(CUDA_QUERIES):
+        short, norms = bank.shorten(block)
+        best = block.new_full((len(block), kept), -torch.inf)
+        indices = torch.zeros_like(best, dtype=torch.int64)
+        for start in range(0, len(bank.rows), CUDA_ROWS):
+            part = slice(start, start + CUDA_ROWS)
+            nearness = torch.addmm(offsets[part], short, bank.short[part].T)  # (P, R)
             sizes = *map(np.int32, nearness.shape), np.int64(start), np.int32(kept)
-            launch(
-                "keep_best", -(-len(nearness) // 8), nearness, *sizes, best[block], indices[block]
-            )
-    last, (indices, order) = best[:, -1], indices.sort(1)
-    query = torch.arange(len(queries), device=queries.device).repeat_interleave(kept)
-    distances = measure(queries, bank.rows, query, indices.flatten()).view_as(best)
-    distances[best.gather(1, order) == -torch.inf] = torch.inf  # passed over
-    distances, order = (found[:, :k] for found in distances.sort(dim=1, stable=True))
-    indices = indices.gather(1, order)
-    again = (last >= (norms - distances[:, -1].square()) / 2) & (kept < len(bank.rows))
-    if again.any():
-        distances[again], indices[again] = search(bank, queries[again], k, passed_over)
-    return distances, indices
+            launch("keep_best", -(-len(block) // 8), nearness, *sizes, best, indices)
+        last, (indices, order) = best[:, -1], indices.sort(1)
+        query = torch.arange(len(block), device=block.device).repeat_interleave(kept)
+        distances = measure(block, bank.rows, query, indices.flatten()).view_as(best)
+        distances[best.gather(1, order) == -torch.inf] = torch.inf  # passed over
+        distances, order = (part[:, :k] for part in distances.sort(dim=1, stable=True))
+        indices = indices.gather(1, order)
+        again = (last >= (norms - distances[:, -1].square()) / 2) & (kept < len(bank.rows))
+        if again.any():
+            distances[again], indices[again] = search(bank, offsets, block[again], k)
+        found.append((distances, indices))
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def coreset_cupy(features, size, first):

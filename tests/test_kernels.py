@@ -118,15 +118,16 @@ def test_search_cupy_on_the_processor(kernels, generator, queries, rows, columns
     rows[7] = rows[3]
     wanted = torch.cat([torch.randn(queries, columns, generator=generator), rows[3:5]])
     bank = common.MemoryBank(rows)
-    found = common.search_cupy(bank, wanted, k)
+    found = common.search_cupy(bank, bank.offsets, wanted, k)
     assert kernels == ["keep_best"]
-    for one, other in zip(found, common.search(bank, wanted, k), strict=True):
+    for one, other in zip(found, common.search(bank, bank.offsets, wanted, k), strict=True):
         assert torch.equal(one, other)
     hidden = torch.rand(len(rows), generator=generator) < 0.2
     hidden[7] = True
+    offsets = bank.offsets.masked_fill(hidden, -torch.inf)
     if (~hidden).sum() >= k:
-        found = common.search_cupy(bank, wanted, k, hidden)
-        for one, other in zip(found, common.search(bank, wanted, k, hidden), strict=True):
+        found = common.search_cupy(bank, offsets, wanted, k)
+        for one, other in zip(found, common.search(bank, offsets, wanted, k), strict=True):
             assert torch.equal(one, other)
 
 
@@ -136,7 +137,9 @@ def test_search_cupy_takes_several_blocks(kernels, generator, monkeypatch):
     rows, queries = (torch.randn(n, 3, generator=generator) for n in (150, 43))
     bank = common.MemoryBank(rows)
     for found, wanted in zip(
-        common.search_cupy(bank, queries, 4), common.search(bank, queries, 4), strict=True
+        common.search_cupy(bank, bank.offsets, queries, 4),
+        common.search(bank, bank.offsets, queries, 4),
+        strict=True,
     ):
         assert torch.equal(found, wanted)
     assert kernels == ["keep_best"] * 3 * 3
@@ -145,8 +148,9 @@ def test_search_cupy_takes_several_blocks(kernels, generator, monkeypatch):
 def test_search_cupy_searches_again_where_32_rows_do_not_do(kernels, generator, monkeypatch):
     rows = torch.zeros(500, 3)  # all alike: which 32 of them the kernel keeps decides nothing
     calls, search = [], common.search
-    monkeypatch.setattr(common, "search", lambda *a: calls.append(len(a[1])) or search(*a))
-    distances, indices = common.search_cupy(common.MemoryBank(rows), torch.ones(2, 3), 3)
+    monkeypatch.setattr(common, "search", lambda *a: calls.append(len(a[2])) or search(*a))
+    bank = common.MemoryBank(rows)
+    distances, indices = common.search_cupy(bank, bank.offsets, torch.ones(2, 3), 3)
     assert calls == [2]
     assert indices.tolist() == [[0, 1, 2]] * 2
     assert distances.allclose(torch.tensor(3.0).sqrt())
