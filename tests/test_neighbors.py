@@ -110,6 +110,22 @@ def test_the_bound_of_few_columns_loses_no_neighbor(generator, k):
     assert torch.equal(plain[1], indices)
 
 
+def test_what_the_columns_leave_out_counts(generator):
+    """Each query is a row of the bank; one without what it leaves out looks as near by the axes."""
+    points = structured(2500, generator)
+    left_out = torch.nn.functional.normalize(torch.randn(2500, 640, generator=generator))
+    rows = torch.cat([points, points + 10 * left_out])
+    bank = common.MemoryBank(rows)
+    assert bank.axes is not None
+    _, indices = bank.nearest(rows[2500:2600], 2)
+    assert indices.tolist() == [[2500 + i, i] for i in range(100)]
+
+
+def test_more_queries_than_meet_the_rows_at_once(generator):
+    rows, queries = (torch.randn(n, 5, generator=generator) for n in (20_001, 1000))
+    check(queries, rows, 3)  # 832 and 168
+
+
 def test_few_columns_do_not_serve_isotropic_rows(generator):
     assert common.MemoryBank(torch.randn(3000, 640, generator=generator)).axes is None
 
@@ -135,6 +151,9 @@ def test_rows_passed_over_are_not_found(generator):
     assert torch.equal(indices, torch.nonzero(~hidden)[:, 0][places])
     with pytest.raises(ValueError, match="k is 200: expected 1 to"):
         common.MemoryBank(rows).nearest(queries, 200, passed_over=hidden)
+    hidden = torch.arange(300) < 295  # one group holds all that is left
+    _, indices = common.MemoryBank(rows).nearest(queries, 5, passed_over=hidden)
+    assert indices.sort(1).values.tolist() == [list(range(295, 300))] * 50
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
