@@ -323,7 +323,7 @@ class MemoryBank:
         self.offsets = torch.cat(norms) / -2
 
     def find_axes(self, m: int) -> None:
-        """Takes axes (D, m) of 2048 rows if they leave few enough of those to be measured."""
+        """Takes axes (D, m) of up to 2048 rows if they leave few enough of those to be measured."""
         sample = self.rows[:: (len(self.rows) // 2048) | 1][:2048]  # odd: no image's same row again
         self.center = self.rows.mean(0)
         centered = sample - self.center
@@ -344,8 +344,7 @@ class MemoryBank:
             along = x @ self.axes
             rest = torch.linalg.vector_norm(x - along @ self.axes.T, dim=1, keepdim=True)
             short = torch.cat([along, rest], 1)
-        margin = 8 * torch.finfo(torch.float32).eps * x.shape[1] ** 0.5
-        return short, (1 - margin) * torch.linalg.vector_norm(x, dim=1).square()
+        return short, less_margin(x.shape[1]) * torch.linalg.vector_norm(x, dim=1).square()
 
     def nearest(self, queries, k=1, passed_over=None):
         """What `nearest_neighbors` returns. passed_over: (N,) bool, rows not to be found."""
@@ -389,7 +388,8 @@ def search(bank: MemoryBank, offsets, queries, k: int):
         every = torch.arange(len(block), device=block.device)
         query, group = every.repeat_interleave(k), group.flatten()
         row = group * width + groups[group, :, query].argmax(1)
-        first = measure(block, bank.rows, query, row.clamp(max=count - 1)).view_as(top)
+        row = row.clamp(max=count - 1)  # a group of padding alone has none
+        first = measure(block, bank.rows, query, row).view_as(top)
         kth = first.masked_fill(top == -torch.inf, torch.inf).amax(1)
         limit = (norms - kth.square()) / 2  # what nearness a row within that distance has, or more
         limit = limit.clamp(min=torch.finfo(limit.dtype).min)
@@ -403,6 +403,11 @@ def search(bank: MemoryBank, offsets, queries, k: int):
         order = order[ahead[:, None] + torch.arange(k, device=block.device)]
         found.append((distance[order], row[order]))
     return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def less_margin(columns: int) -> float:
+    """What a squared length is lowered by so that rounding hides nothing: see `MemoryBank`."""
+    return 1 - 8 * torch.finfo(torch.float32).eps * columns**0.5
 
 
 def measure(queries, rows, query, row):
@@ -484,7 +489,7 @@ def shorten_distances(rows, new, distance) -> None:
         parts = zip(a.split(2**16), b.split(2**16), strict=True)
         return torch.cat([(rows[i].double() - rows[j].double()).square_().sum(1) for i, j in parts])
 
-    less = 1 - 8 * torch.finfo(torch.float32).eps * rows.shape[1] ** 0.5
+    less = less_margin(rows.shape[1])
     center = rows[:ROWS].mean(0)
     picks = rows[new] - center
     for part in torch.arange(len(rows), device=rows.device).split(ROWS):
@@ -605,7 +610,7 @@ def search_cupy(bank: MemoryBank, offsets, queries, k: int):
         query = torch.arange(len(block), device=block.device).repeat_interleave(kept)
         distances = measure(block, bank.rows, query, indices.flatten()).view_as(best)
         distances[best.gather(1, order) == -torch.inf] = torch.inf  # passed over
-        distances, order = (part[:, :k] for part in distances.sort(dim=1, stable=True))
+        distances, order = (both[:, :k] for both in distances.sort(dim=1, stable=True))
         indices = indices.gather(1, order)
         again = (last >= (norms - distances[:, -1].square()) / 2) & (kept < len(bank.rows))
         if again.any():
@@ -1384,8 +1389,8 @@ def draw_prediction(options, path: Path, score: float, shown) -> None:
 def say_what_is_seen(options, shape: tuple[int, int]) -> None:
     """Says, for images (width, height) that are not square, how much the center crop leaves out."""
     if options.crop and max(shape) > 1.02 * min(shape):
-        seen = (min(1, options.crop * min(shape) / options.resize / side) for side in shape)
-        width, height = (f"{share:.0%}" for share in seen)
+        shares = (min(1, options.crop * min(shape) / options.resize / side) for side in shape)
+        width, height = (f"{share:.0%}" for share in shares)
         seen = f"inspected is only the middle {width} of the width and {height} of the height"
         note(f"images of {shape[0]} x {shape[1]}: {seen}: fit with --crop 0 to see all")
 
