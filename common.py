@@ -288,9 +288,8 @@ def nearest_neighbors(queries, bank, k=1, backend="auto"):
     or infinity (says where), and for a backend that is not there or cannot find that many.
     To search a bank again and again, make a `MemoryBank` once.
     """
-    check_rows("queries", queries)
     axes = AXES if len(queries) >= 2048 else 0  # fewer do not repay what it takes to find them
-    return MemoryBank(bank.to(queries.device), axes, backend).nearest(queries, k)
+    return MemoryBank(bank.to(queries.device), backend, axes).nearest(queries, k)
 
 
 class MemoryBank:
@@ -304,120 +303,115 @@ class MemoryBank:
     because what is left out of q and of b differs by at least the difference of their lengths. So
     m + 1 columns f(x) = (Px, r(x)) instead of D bound every distance from below. Measure the k rows
     that look nearest: no row whose bound is above the k-th of those distances can be one of the k
-    nearest, and on features of real images only a handful remains.
+    nearest, and on features of real images only a handful remains. Where so few columns leave too
+    many rows, f(x) = x, the plain product.
 
     Rounding hides no neighbor: the squared bound is wrong by some eps * sqrt(D) * (|q|^2 + |b|^2),
     as errors of a sum add up like a random walk (Higham and Mary 2019), and is lowered by eight
     times that. The margin belongs to the pair: one long row costs the others nothing.
     """
 
-    def __init__(self, rows: torch.Tensor, axes=AXES, backend="auto"):
-        """axes: m, at most; where so few do not serve, and for 0, f(x) = x: the plain product."""
+    def __init__(self, rows: torch.Tensor, backend="auto", axes=AXES):
         check_rows("bank", rows)
-        self.rows, self.backend, self.on_cupy = rows, backend, uses_cupy(backend, rows)
-        self.axes = None
+        self.rows, self.backend, self.axes = rows, backend, None
         if axes and len(rows) >= 2048 and rows.shape[1] >= 4 * axes:
-            self.find_axes(axes)
+            sample = rows[:: (len(rows) // 2048) | 1][:2048]  # odd: no image's same row again
+            self.axes = torch.pca_lowrank(sample.cpu(), axes, center=False)[2].to(rows.device)
+            both = sample, self.shorten(sample)[0]
+            distances, bounds = (torch.cdist(x[::32], x[1::2]) for x in both)
+            left = (bounds <= distances.amin(1, keepdim=True)).float().mean()
+            if 20 * left > 1 - axes / rows.shape[1]:  # measuring a row costs as much as 20 products
+                self.axes = None
         short, norms = zip(*map(self.shorten, rows.split(ROWS)), strict=True)
         self.short = rows if self.axes is None else torch.cat(short)
         self.offsets = torch.cat(norms) / -2
 
-    def find_axes(self, m: int) -> None:
-        """Takes axes (D, m) of up to 2048 rows if they leave few enough of those to be measured."""
-        sample = self.rows[:: (len(self.rows) // 2048) | 1][:2048]  # odd: no image's same row again
-        self.center = self.rows.mean(0)
-        centered = sample - self.center
-        self.axes = torch.linalg.qr(centered[:m].T).Q
-        for _ in range(3):  # times the covariance, which turns them to its main axes
-            self.axes = torch.linalg.qr(centered.T @ (centered @ self.axes)).Q
-        short, _ = self.shorten(sample)
-        nearest = torch.cdist(sample[::32], sample[1::2]).amin(1, keepdim=True)
-        left = (torch.cdist(short[::32], short[1::2]) <= nearest).float().mean()
-        if 20 * left > 1 - m / len(self.axes):  # to measure a row takes as long as 20 products
-            self.axes = None
-
     def shorten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """f(x), (n, m + 1), and |x|^2, (n,), less the margin."""
-        short = x
+        norms = less_margin(x.shape[1]) * torch.linalg.vector_norm(x, dim=1).square()
         if self.axes is not None:
-            x = x - self.center
             along = x @ self.axes
             rest = torch.linalg.vector_norm(x - along @ self.axes.T, dim=1, keepdim=True)
-            short = torch.cat([along, rest], 1)
-        return short, less_margin(x.shape[1]) * torch.linalg.vector_norm(x, dim=1).square()
+            x = torch.cat([along, rest], 1)
+        return x, norms
 
-    def nearest(self, queries, k=1, passed_over=None):
+    def nearest(self, queries, k=1, passed_over=False):
         """What `nearest_neighbors` returns. passed_over: (N,) bool, rows not to be found."""
         check_rows("queries", queries)
-        count = len(self.rows) - (0 if passed_over is None else int(passed_over.sum()))
+        passed_over = torch.as_tensor(passed_over, device=self.rows.device)
+        offsets = self.offsets.masked_fill(passed_over, -torch.inf)
+        count = int(offsets.isfinite().sum())
         if queries.shape[1] != self.rows.shape[1]:
-            columns = self.rows.shape[1]
-            raise ValueError(f"queries have {queries.shape[1]} columns, the bank {columns}")
+            raise ValueError(f"queries: {queries.shape[1]} columns, the bank {self.rows.shape[1]}")
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}: expected 1 to {count}, the rows of the bank")
-        if self.backend == "cupy" and k > KEPT:
-            raise ValueError(f"k is {k}: backend cupy finds at most {KEPT}: use torch")
-        offsets = self.offsets
-        if passed_over is not None:
-            offsets = offsets.masked_fill(passed_over, -torch.inf)
-        find = search_cupy if self.on_cupy and k <= KEPT else search
-        found = find(self, offsets, queries.to(self.rows.device), k)
-        return tuple(both.to(queries.device) for both in found)
+        find = search_cupy if uses_cupy(self.backend, self.rows, k) else search
+        found = zip(*find(self, offsets, queries.to(self.rows.device), k), strict=True)
+        return tuple(torch.cat(parts).to(queries.device) for parts in found)
 
 
 def search(bank: MemoryBank, offsets, queries, k: int):
-    """The k nearest rows of each query: distances (Q, k) and indices (Q, k).
+    """Yields the k nearest rows, distances (P, k) and indices (P, k), of P queries after P queries.
 
     offsets: (N,), bank.offsets, or -inf for a row not to be found.
     """
-    count, found = len(bank.rows), []
+    count = len(bank.rows)
     width = GROUP if count >= k * GROUP else 1
-    padded = -(-count // width) * width
-    at_once = 32 * max(1, 2**19 // count)  # queries, that is 64 MB of products, in memory that is
-    buffer = queries.new_empty(padded * min(at_once, len(queries)))  # used again: half the time
+    at_once = min(len(queries), 32 * max(1, 2**19 // count))  # 64 MB of products, in memory that
+    # is used again, which halves the time. What fills the last group up is never near.
+    nearness = queries.new_full((-(-count // width) * width, at_once), -torch.inf)
     for block in queries.split(at_once):
         short, norms = bank.shorten(block)
-        # f(q).f(b) - |b|^2 / 2, which is (|q|^2 - bound^2) / 2: the larger, the nearer.
-        nearness = buffer[: padded * len(block)].view(padded, len(block))
-        nearness[count:] = -torch.inf
-        torch.addmm(offsets[:, None], bank.short, short.T, out=nearness[:count])
-        groups = nearness.unflatten(0, (-1, width))  # (G, width, P)
+        # Nearness, f(q).f(b) - |b|^2 / 2, is (|q|^2 - bound^2) / 2: the larger, the nearer.
+        torch.addmm(offsets[:, None], bank.short, short.T, out=nearness[:count, : len(block)])
+        groups = nearness[:, : len(block)].unflatten(0, (-1, width))  # (G, width, P)
         best = groups.amax(1)
-        # Measure the best row of each of the k best groups: the k-th nearest is no farther.
         top, group = (t.T for t in best.topk(k, dim=0))  # (P, k)
-        every = torch.arange(len(block), device=block.device)
-        query, group = every.repeat_interleave(k), group.flatten()
-        row = group * width + groups[group, :, query].argmax(1)
-        row = row.clamp(max=count - 1)  # a group of padding alone has none
-        first = measure(block, bank.rows, query, row).view_as(top)
-        kth = first.masked_fill(top == -torch.inf, torch.inf).amax(1)
-        limit = (norms - kth.square()) / 2  # what nearness a row within that distance has, or more
-        limit = limit.clamp(min=torch.finfo(limit.dtype).min)
+        query = torch.arange(len(block), device=block.device)[:, None]
+        row = group * width + groups[group, :, query].argmax(2)  # the best of the k best groups
+        limit = least_nearness(bank, block, norms, top, row)
         group, query = (best >= limit).nonzero(as_tuple=True)
         which, inside = (groups[group, :, query] >= limit[query, None]).nonzero(as_tuple=True)
-        query, row = query[which], group[which] * width + inside
-        distance = measure(block, bank.rows, query, row)
-        # By query, then distance, then row: a float above 0 sorts like the integer of its bits.
-        order = ((query << 32) + distance.view(torch.int32)).argsort(stable=True)
-        ahead = torch.searchsorted(query[order], every)
-        order = order[ahead[:, None] + torch.arange(k, device=block.device)]
-        found.append((distance[order], row[order]))
-    return tuple(map(torch.cat, zip(*found, strict=True)))
+        yield k_nearest(block, bank.rows, query[which], group[which] * width + inside, k)
+
+
+def least_nearness(bank, queries, norms, top, row):
+    """What nearness the k nearest rows have, or more, (P,): none is farther than the k in `row`.
+
+    top: (P, k), the nearness of those. Where that is -inf too few were found, and any row will do.
+    """
+    query = torch.arange(len(queries), device=queries.device)[:, None]
+    limit = (norms - measure(queries, bank.rows, query, row).amax(1).square()) / 2
+    return limit.masked_fill(top[:, -1] == -torch.inf, torch.finfo(limit.dtype).min)
+
+
+def k_nearest(queries, rows, query, row, k: int):
+    """The k nearest among pairs of a query and a row: distances (Q, k) and indices (Q, k).
+
+    query, row: (pairs,), at least k to each query, whose rows ascend.
+    """
+    distances = measure(queries, rows, query, row)
+    # By query, then distance, then row: a float above 0 sorts like the integer of its bits.
+    order = ((query << 32) + distances.view(torch.int32)).argsort(stable=True)
+    ahead = torch.searchsorted(query[order], torch.arange(len(queries), device=query.device))
+    order = order[ahead[:, None] + torch.arange(k, device=query.device)]
+    return distances[order], row[order]
+
+
+def measure(queries, rows, query, row):
+    """Distances |queries[query] - rows[row]|, float32, directly; of the shape of `row`."""
+    distances = queries.new_empty(row.shape)
+    step = 256 if queries.device.type == "cpu" else 2**16  # pairs that stay in the cache
+    parts = (t.flatten().split(step) for t in torch.broadcast_tensors(distances, query, row))
+    for out, a, b in zip(*parts, strict=True):
+        difference = rows.index_select(0, b).sub_(queries.index_select(0, a))
+        torch.linalg.vector_norm(difference, dim=1, out=out)
+    return distances
 
 
 def less_margin(columns: int) -> float:
     """What a squared length is lowered by so that rounding hides nothing: see `MemoryBank`."""
     return 1 - 8 * torch.finfo(torch.float32).eps * columns**0.5
-
-
-def measure(queries, rows, query, row):
-    """Distances |queries[query] - rows[row]|, (pairs,) float32, directly."""
-    distances = queries.new_empty(len(query))
-    step = 256 if queries.device.type == "cpu" else 2**16  # pairs that stay in the cache
-    for out, a, b in zip(distances.split(step), query.split(step), row.split(step), strict=True):
-        difference = rows.index_select(0, b).sub_(queries.index_select(0, a))
-        out.copy_(torch.linalg.vector_norm(difference, dim=1))
-    return distances
 
 
 def check_rows(name: str, matrix: torch.Tensor) -> None:
@@ -527,35 +521,32 @@ def farthest_rows(rows, distance, most: int):
 
 
 # Both once more for an NVIDIA GPU, by CuPy. Search: cuBLAS writes a block of nearness, this kernel
-# reads it once and keeps each query's 32 nearest rows, sorted, one per lane of a warp.
-KEPT, CUDA_ROWS, CUDA_QUERIES = 32, 8192, 4096
+# reads it once. A block serves a query; each of its 8 warps keeps the best 32 of the rows that it
+# reads, sorted, one a lane. Those of all eight hold the query's best 32.
+THREADS, CUDA_PRODUCTS = 256, 2**27  # a block; of nearness at once, 512 MB
 SEARCH_CUDA = r"""
 #define WARP 0xffffffffu
-extern "C" __global__ void keep_best(const float* nearness, int queries, int rows, long long first,
-                                     int kept, float* best, long long* indices) {
-    int lane = threadIdx.x % 32;
-    long long query = blockIdx.x * (blockDim.x / 32LL) + threadIdx.x / 32;  // one warp per query
-    if (query >= queries) return;
-    const float nothing = -__int_as_float(0x7f800000);
-    float key = lane < kept ? best[query * kept + lane] : nothing;
-    long long index = lane < kept ? indices[query * kept + lane] : 0;
-    float worst = __shfl_sync(WARP, key, kept - 1);
-    for (int start = 0; start < rows; start += 32) {
-        int row = start + lane;
-        float mine = row < rows ? nearness[query * rows + row] : nothing;
+extern "C" __global__ void keep_best(const float* nearness, int rows, float* best, int* indices) {
+    int lane = threadIdx.x % 32, index = 0;
+    float nothing = -__int_as_float(0x7f800000), key = nothing, worst = nothing;
+    nearness += (size_t)blockIdx.x * rows;
+    for (int start = threadIdx.x - lane; start < rows; start += blockDim.x) {
+        float mine = start + lane < rows ? nearness[start + lane] : nothing;
         unsigned better = __ballot_sync(WARP, mine > worst);
-        for (; better; better &= better - 1) {  // rare, once the first blocks have been seen
+        for (; better; better &= better - 1) {  // rare, once the first rows have been seen
             int from = __ffs(better) - 1;
             float newcomer = __shfl_sync(WARP, mine, from);
-            int place = __popc(__ballot_sync(WARP, lane < kept && key >= newcomer));
+            int place = __popc(__ballot_sync(WARP, key >= newcomer));
             float left_key = __shfl_up_sync(WARP, key, 1);
-            long long left_index = __shfl_up_sync(WARP, index, 1);
+            int left_index = __shfl_up_sync(WARP, index, 1);
             if (lane > place) { key = left_key; index = left_index; }  // make room
-            if (lane == place) { key = newcomer; index = first + start + from; }
+            if (lane == place) { key = newcomer; index = start + from; }
         }
-        worst = __shfl_sync(WARP, key, kept - 1);
+        worst = __shfl_sync(WARP, key, 31);
     }
-    if (lane < kept) { best[query * kept + lane] = key; indices[query * kept + lane] = index; }
+    size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    best[thread] = key;
+    indices[thread] = index;
 }
 """
 # Coreset: the obvious loop needs no cleverness but one kernel a pick. A warp reads a row, 16 bytes
@@ -594,29 +585,17 @@ extern "C" __global__ void update_and_pick(const float4* features, float* distan
 
 
 def search_cupy(bank: MemoryBank, offsets, queries, k: int):
-    """What `search` returns, for CUDA tensors and k up to 32. If the last of 32 rows is not surely
-    farther than the k-th distance, a nearer one may have been lost: `search` does that query."""
-    kept, found = min(KEPT, len(bank.rows)), []
-    for block in queries.split(CUDA_QUERIES):
+    """What `search` yields, for CUDA tensors and k up to THREADS."""
+    for block in queries.split(max(1, CUDA_PRODUCTS // len(bank.rows))):
         short, norms = bank.shorten(block)
-        best = block.new_full((len(block), kept), -torch.inf)
-        indices = torch.zeros_like(best, dtype=torch.int64)
-        for start in range(0, len(bank.rows), CUDA_ROWS):
-            part = slice(start, start + CUDA_ROWS)
-            nearness = torch.addmm(offsets[part], short, bank.short[part].T)  # (P, R)
-            sizes = *map(np.int32, nearness.shape), np.int64(start), np.int32(kept)
-            launch("keep_best", -(-len(block) // 8), nearness, *sizes, best, indices)
-        last, (indices, order) = best[:, -1], indices.sort(1)
-        query = torch.arange(len(block), device=block.device).repeat_interleave(kept)
-        distances = measure(block, bank.rows, query, indices.flatten()).view_as(best)
-        distances[best.gather(1, order) == -torch.inf] = torch.inf  # passed over
-        distances, order = (both[:, :k] for both in distances.sort(dim=1, stable=True))
-        indices = indices.gather(1, order)
-        again = (last >= (norms - distances[:, -1].square()) / 2) & (kept < len(bank.rows))
-        if again.any():
-            distances[again], indices[again] = search(bank, offsets, block[again], k)
-        found.append((distances, indices))
-    return tuple(map(torch.cat, zip(*found, strict=True)))
+        nearness = torch.addmm(offsets, short, bank.short.T)  # (P, N)
+        best = block.new_empty(len(block), THREADS)
+        indices = torch.empty_like(best, dtype=torch.int32)
+        launch("keep_best", len(block), nearness, np.int32(nearness.shape[1]), best, indices)
+        top, place = best.topk(k)
+        limit = least_nearness(bank, block, norms, top, indices.gather(1, place).long())
+        query, row = (nearness >= limit[:, None]).nonzero(as_tuple=True)
+        yield k_nearest(block, bank.rows, query, row, k)
 
 
 def coreset_cupy(features, size, first):
@@ -635,14 +614,14 @@ def coreset_cupy(features, size, first):
 
 
 def launch(name: str, blocks: int, *arguments) -> None:
-    """Runs a kernel in blocks of 256 threads on torch's device and stream: no copy, no waiting."""
+    """Runs a kernel in blocks of THREADS on torch's device and stream: no copy, no waiting."""
     import cupy
 
     device = arguments[0].device
     stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream)
     with torch.cuda.device(device), cupy.cuda.Device(device.index), stream:
         passed = [cupy.from_dlpack(a) if torch.is_tensor(a) else a for a in arguments]
-        cuda_kernels()[name]((blocks,), (256,), tuple(passed))
+        cuda_kernels()[name]((blocks,), (THREADS,), tuple(passed))
 
 
 @functools.cache
@@ -658,12 +637,12 @@ def cuda_kernels():
         return None
 
 
-def uses_cupy(backend: str, tensor: torch.Tensor) -> bool:
+def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
     if backend not in ("auto", "torch", "cupy"):
         raise ValueError(f"backend is {backend!r}: expected auto, torch or cupy")
-    usable = tensor.is_cuda and backend != "torch" and cuda_kernels() is not None
+    usable = tensor.is_cuda and backend != "torch" and k <= THREADS and cuda_kernels() is not None
     if backend == "cupy" and not usable:
-        raise ValueError(f"backend cupy: needs CuPy and CUDA tensors, got {tensor.device.type}")
+        raise ValueError(f"backend cupy: needs CuPy, CUDA tensors and k up to {THREADS}: use torch")
     return usable
 
 
@@ -1576,8 +1555,8 @@ def check_options(options) -> None:
         raise UserError(f"--device {options.device}: not available here: use --device cpu")
     if options.backend == "cupy" and (options.device != "cuda" or not cuda_kernels()):
         raise UserError("--backend cupy: needs an NVIDIA GPU and CuPy: use --backend torch")
-    if options.backend == "cupy" and getattr(options, "neighbors", 1) > KEPT:
-        raise UserError(f"--neighbors {options.neighbors}: --backend cupy finds at most {KEPT}")
+    if options.backend == "cupy" and getattr(options, "neighbors", 1) > THREADS:
+        raise UserError(f"--neighbors {options.neighbors}: --backend cupy finds at most {THREADS}")
     if options.demo:
         options.data = Path(__file__).parent / "tests" / "practice_pill"
     if not options.load and not (options.data / "train" / "good").is_dir():

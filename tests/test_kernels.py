@@ -36,7 +36,7 @@ def test_kernel_compiles(source, architecture):
 # ---------------------------------------------------------------- on the processor
 
 ARGUMENTS = {  # of each kernel, as C++ declares them
-    "keep_best": "const float* a, int b, int c, long long d, int e, float* f, long long* g",
+    "keep_best": "const float* a, int b, float* c, int* d",
     "update_and_pick": "const float4* a, float* b, unsigned long long* c, unsigned d, int e, int f",
 }
 
@@ -45,7 +45,7 @@ def build(folder, sources):
     """The kernels as functions of ctypes: name(blocks, threads, *arguments)."""
     code = f'#include "{Path(__file__).parent / "cuda_on_cpu.h"}"\n{sources}'
     for name, declared in ARGUMENTS.items():
-        passed = ", ".join("abcdefg"[: declared.count(",") + 1])
+        passed = ", ".join("abcdef"[: declared.count(",") + 1])
         code += f"""
 extern "C" int run_{name}(unsigned blocks, unsigned threads, {declared}) {{
     return run_grid(blocks, threads, [=] {{ {name}({passed}); }});
@@ -76,7 +76,7 @@ def kernels(library, monkeypatch):
                 passed.append(ctypes.c_void_p(value.data_ptr()))
             else:
                 passed.append(np.ctypeslib.as_ctypes_type(value.dtype)(value))
-        stuck = getattr(library, f"run_{name}")(blocks, 256, *passed)
+        stuck = getattr(library, f"run_{name}")(blocks, common.THREADS, *passed)
         assert not stuck, "a warp has parted where its lanes exchange values"
         launched.append(name)
 
@@ -87,73 +87,63 @@ def kernels(library, monkeypatch):
     return launched
 
 
-@pytest.mark.parametrize("kept", [1, 9, 32])
-@pytest.mark.parametrize(("queries", "rows"), [(1, 32), (9, 77), (30, 500)])
-def test_keep_best_on_the_processor(kernels, generator, queries, rows, kept):
-    """Against NumPy in float64, in two parts, with ties and infinities among the values."""
-    nearness = torch.randn(queries, 2 * rows, generator=generator).mul(4).round().div(4)
+@pytest.mark.parametrize(("queries", "rows"), [(1, 3), (9, 77), (3, 500), (2, 20_001)])
+def test_keep_best_on_the_processor(kernels, generator, queries, rows):
+    """Each warp's 32 against NumPy in float64, with ties and infinities among the values."""
+    nearness = torch.randn(queries, rows, generator=generator).mul(4).round().div(4)
     nearness[:, rows // 2 :: 7] = -torch.inf
-    nearness[0, 5] = torch.inf
-    best = torch.full((queries, kept), -torch.inf)
-    indices = torch.zeros(queries, kept, dtype=torch.int64)
-    for part in (0, 1):
-        block = nearness[:, part * rows : (part + 1) * rows].contiguous()
-        sizes = np.int32(queries), np.int32(rows), np.int64(part * rows), np.int32(kept)
-        common.launch("keep_best", -(-queries // 8), block, *sizes, best, indices)
-    values = nearness.double().numpy()
-    order = np.argsort(-values, axis=1, kind="stable")[:, :kept]  # equals: the lowest index first
-    expected = np.take_along_axis(values, order, 1)
-    np.testing.assert_array_equal(best.numpy(), expected)
-    finite = expected > -np.inf  # what is passed over has no place
-    np.testing.assert_array_equal(indices.numpy()[finite], order[finite])
+    nearness[0, 1] = torch.inf
+    best = torch.full((queries, common.THREADS), torch.nan)
+    indices = torch.full_like(best, -1, dtype=torch.int32)
+    common.launch("keep_best", queries, nearness, np.int32(rows), best, indices)
+    for warp in range(common.THREADS // 32):
+        mine = np.flatnonzero(np.arange(rows) % common.THREADS // 32 == warp)
+        values = nearness[:, mine].double().numpy()
+        order = np.argsort(-values, axis=1, kind="stable")[:, :32]  # equals: the lowest first
+        expected = np.full((queries, 32), -np.inf)
+        expected[:, : order.shape[1]] = np.take_along_axis(values, order, 1)
+        lanes = slice(32 * warp, 32 * warp + 32)
+        np.testing.assert_array_equal(best[:, lanes].numpy(), expected)
+        kept = (expected > -np.inf)[:, : order.shape[1]]  # what is passed over has no place
+        found = indices[:, lanes].numpy()[:, : order.shape[1]]
+        np.testing.assert_array_equal(found[kept], mine[order][kept])
 
 
-@pytest.mark.parametrize("k", [1, 9, 32])
+def equal_searches(bank, offsets, queries, k):
+    """What search_cupy and search yield, block by block or not, is the same to the last bit."""
+    both = (find(bank, offsets, queries, k) for find in (common.search_cupy, common.search))
+    found, wanted = ([torch.cat(parts) for parts in zip(*blocks, strict=True)] for blocks in both)
+    return torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("k", [1, 9, 40])
 @pytest.mark.parametrize(
-    ("queries", "rows", "columns"), [(3, 40, 5), (20, 300, 17), (4, 2100, 520)]
+    ("queries", "rows", "columns"), [(3, 60, 5), (20, 300, 17), (4, 2100, 520)]
 )
 def test_search_cupy_on_the_processor(kernels, generator, queries, rows, columns, k):
-    """The wrapper: its blocks, its last rows, and the second search where 32 rows do not do."""
     rows = torch.randn(rows, columns, generator=generator) * torch.logspace(0, -3, columns)
     rows[7] = rows[3]
     wanted = torch.cat([torch.randn(queries, columns, generator=generator), rows[3:5]])
     bank = common.MemoryBank(rows)
-    found = common.search_cupy(bank, bank.offsets, wanted, k)
+    assert equal_searches(bank, bank.offsets, wanted, k)
     assert kernels == ["keep_best"]
-    for one, other in zip(found, common.search(bank, bank.offsets, wanted, k), strict=True):
-        assert torch.equal(one, other)
     hidden = torch.rand(len(rows), generator=generator) < 0.2
     hidden[7] = True
-    offsets = bank.offsets.masked_fill(hidden, -torch.inf)
+    assert equal_searches(bank, bank.offsets.masked_fill(hidden, -torch.inf), wanted, k)
+    hidden = torch.arange(len(rows)) % common.THREADS >= 20  # one warp's rows alone are left,
+    hidden[:20] = k < 20  # and without the first of those fewer than it keeps
     if (~hidden).sum() >= k:
-        found = common.search_cupy(bank, offsets, wanted, k)
-        for one, other in zip(found, common.search(bank, offsets, wanted, k), strict=True):
-            assert torch.equal(one, other)
+        assert equal_searches(bank, bank.offsets.masked_fill(hidden, -torch.inf), wanted, k)
 
 
 def test_search_cupy_takes_several_blocks(kernels, generator, monkeypatch):
-    monkeypatch.setattr(common, "CUDA_ROWS", 70)
-    monkeypatch.setattr(common, "CUDA_QUERIES", 20)
-    rows, queries = (torch.randn(n, 3, generator=generator) for n in (150, 43))
+    """Rows that are all alike but for a few: what the kernel keeps decides nothing."""
+    monkeypatch.setattr(common, "CUDA_PRODUCTS", 20_000)
+    rows = torch.zeros(1000, 2)
+    rows[::100] = torch.randn(10, 2, generator=generator)
     bank = common.MemoryBank(rows)
-    for found, wanted in zip(
-        common.search_cupy(bank, bank.offsets, queries, 4),
-        common.search(bank, bank.offsets, queries, 4),
-        strict=True,
-    ):
-        assert torch.equal(found, wanted)
-    assert kernels == ["keep_best"] * 3 * 3
-
-
-def test_search_cupy_searches_again_where_32_rows_do_not_do(kernels, generator, monkeypatch):
-    rows = torch.zeros(500, 3)  # all alike: which 32 of them the kernel keeps decides nothing
-    calls, search = [], common.search
-    monkeypatch.setattr(common, "search", lambda *a: calls.append(len(a[2])) or search(*a))
-    bank = common.MemoryBank(rows)
-    distances, indices = common.search_cupy(bank, bank.offsets, torch.ones(2, 3), 3)
-    assert calls == [2]
-    assert indices.tolist() == [[0, 1, 2]] * 2
-    assert distances.allclose(torch.tensor(3.0).sqrt())
+    assert equal_searches(bank, bank.offsets, torch.randn(43, 2, generator=generator), 3)
+    assert kernels == ["keep_best"] * 3
 
 
 @pytest.mark.parametrize(("rows", "columns", "size"), [(300, 3, 20), (1111, 130, 9), (33, 8, 33)])
