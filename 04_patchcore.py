@@ -70,60 +70,77 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
 def fit(backbone, train: common.Split, options) -> dict:
     """Section 3.2, algorithm 1: the memory bank, and what normal images score against it.
 
-    Lets go of train.pixels as soon as their features are there. Returns the model.
+    The features of all images together would fill the memory (ResNet50: 4.6 MiB an image at 224
+    pixels), and most are not kept. So the network looks at the images twice: all features are only
+    projected the first time, for the coreset, and what to keep is kept the second time.
+    Empties train.pixels. Returns the model.
     """
-    start, count = time.perf_counter(), len(train.paths)
-    batches = common.extract(
-        backbone, options.layers, train.pixels, options.batch_size, "fit: features"
-    )
-    features = common.collect(map(patch_features, batches), count, f"{count} images' features")
-    train.pixels.set_()  # empty: the features stand for the images now
-    patches = features.flatten(0, 2)  # (N, h, w, C) -> (N * h * w, C)
-    size = max(1, round(options.coreset * len(patches)))
+    start = time.perf_counter()
+
+    def all_features(description):
+        arguments = options.layers, train.pixels, options.batch_size, description
+        return map(patch_features, common.extract(backbone, *arguments))  # (B, h, w, C) each
+
+    count = len(train.paths)
+    projected = (project(features, options.seed) for features in all_features("fit: features"))
+    projected = common.collect(projected, count, f"{count} images' projected features")
+    place = torch.arange(projected[..., 0].numel()).view(projected.shape[:3])  # of each patch
+    projected = projected.flatten(0, 2).to(options.device)  # (N, h, w, 128) -> (N * h * w, 128)
+    size = max(1, round(options.coreset * len(projected)))
     if options.neighbors > size:
         held = f"the memory bank holds {size} patch features"
         raise common.UserError(f"--neighbors {options.neighbors}: {held}: lower it or add images")
     with common.stage("coreset"):
-        projected = project(patches, options.seed).to(options.device)
-        if size == len(patches):
+        if size == len(projected):
             chosen = torch.arange(size, device=projected.device)
         else:
             chosen = common.greedy_coreset(projected, size, options.seed, options.backend)
-    bank = patches[chosen.cpu()]  # (size, C), in the order picked
     with common.stage("threshold"):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed))
         judged = order[:JUDGED].sort().values
-        banks = leave_one_out(
-            projected, chosen, features[0, ..., 0].numel(), judged, options.backend
-        )
-        memory = common.MemoryBank(bank.to(options.device), backend=options.backend)
-        found = []
-        for image, (own, refill) in zip(judged, banks, strict=True):
-            nearest = partial(nearest_as_new, memory, patches, chosen, own, refill)
-            new = features[image][None].to(options.device)
-            found.append(score_patches(new, patches, nearest, options.neighbors))
-        scores, grids = (torch.cat(parts) for parts in zip(*found, strict=True))
-        maps = common.to_maps(grids, options.size)
+        per_image = place[0].numel()
+        refills, absent = leave_one_out(projected, chosen, per_image, judged, options.backend)
+    wanted = torch.cat([chosen, refills]).cpu(), place[judged].flatten()
+    features = gather(all_features("fit: features to keep"), torch.cat(wanted))
+    train.pixels.set_()  # empty: nobody looks at them again
+    rows, new = features.split([len(places) for places in wanted])
+    with common.stage("threshold"):
+        new = new.view(*place[judged].shape, -1)  # (n, h, w, C)
+        scores, maps = judge_as_new(rows, new, absent, options)
+    bank = rows[:size].clone()  # (size, C), in the order picked, without the refills
     paths, seconds = [train.paths[i] for i in judged], time.perf_counter() - start
     model = common.save_model(options, {"bank": bank}, scores, maps, paths, seconds)
-    del projected  # a twelfth of the features' memory, before the figure takes its own
     with common.stage("figures"):
-        draw_coreset(patches, bank, options)
+        draw_coreset(projected.cpu(), chosen.cpu(), options)
     return model
 
 
-def project(patches: torch.Tensor, seed: int) -> torch.Tensor:
-    """(N, C) to (N, 128), for the coreset's distances alone; the bank keeps the features whole.
+def project(features: torch.Tensor, seed: int) -> torch.Tensor:
+    """(..., C) to (..., 128), for the coreset's distances alone; the bank keeps the features whole.
 
     128 random directions keep squared distances to about 12 % (the square root of 2 / 128), as
     Johnson and Lindenstrauss showed, whatever C is.
     """
-    if patches.shape[1] <= 128:
-        return patches
+    columns = features.shape[-1]
+    if columns <= 128:
+        return features
     projection = GaussianRandomProjection(128, random_state=seed)
-    matrix = projection.fit(np.zeros((1, patches.shape[1]), np.float32)).components_
-    matrix = torch.from_numpy(matrix.T).float()
-    return common.collect((part @ matrix for part in patches.split(8192)), len(patches), "them")
+    matrix = projection.fit(np.zeros((1, columns), np.float32)).components_  # (128, C)
+    return features @ torch.from_numpy(matrix.T).to(features)
+
+
+def gather(batches, wanted: torch.Tensor) -> torch.Tensor:
+    """Of all patch features, in batches (B, h, w, C), those at the places `wanted` (n,): (n, C)."""
+    features, start = None, 0
+    for batch in batches:
+        batch = batch.flatten(0, 2).cpu()
+        if features is None:
+            shape = len(wanted), batch.shape[1]
+            features = common.allocate(shape, batch.dtype, f"{len(wanted)} patch features")
+        here = ((start <= wanted) & (wanted < start + len(batch))).nonzero()[:, 0]
+        features[here] = batch[wanted[here] - start]
+        start += len(batch)
+    return features
 
 
 def leave_one_out(projected, chosen, patches_per_image: int, images, backend="auto"):
@@ -135,55 +152,55 @@ def leave_one_out(projected, chosen, patches_per_image: int, images, backend="au
     whole coreset: a bank that greedy might have picked without the image. No theorem says that a
     new image scores alike; the false-alarm rates that come out are measured (see the README).
 
-    projected: (N, 128). chosen: (size,) rows of it. images: (n,), which to leave out. Yields per
-    image (own, refill): own (size,) bool, its rows in the coreset; refill (r,), rows of projected.
+    projected: (N, 128). chosen: (size,) rows of it. images: (n,), which to leave out. Returns
+    refills (R,), rows of projected, one image's after another's, and absent (n, size + R) bool,
+    which of the coreset's rows and the refills the bank without an image lacks.
     """
     owner = torch.arange(len(projected), device=projected.device) // patches_per_image
     coreset = common.MemoryBank(projected[chosen], backend=backend)
     distances, nearest = coreset.nearest(projected)
     radius, covered_by = distances.max(), owner[chosen[nearest[:, 0]]]  # whose row is nearest
-    for image in common.progress(images.tolist(), "fit: judge normal images as new"):
-        own = owner[chosen] == image
+    own, refills = owner[chosen] == images.to(owner)[:, None], []  # (n, size)
+    for image, passed_over in zip(images.tolist(), own, strict=True):
         loose = torch.nonzero((covered_by == image) & (owner != image))[:, 0]
         refill = loose[:0]
-        if own.all():  # nothing is left: begin anew with some other patch
+        if passed_over.all():  # nothing is left: begin anew with some other patch
             refill = torch.nonzero(owner != image)[:1, 0]
         elif len(loose):
-            gap = coreset.nearest(projected[loose], passed_over=own)[0][:, 0]
+            gap = coreset.nearest(projected[loose], passed_over=passed_over)[0][:, 0]
             while gap.max() > radius:
                 new = loose[gap.argmax()]
                 refill = torch.cat([refill, new[None]])
                 to_new = torch.linalg.vector_norm(projected[loose] - projected[new], dim=1)
                 gap = torch.minimum(gap, to_new)
-        yield own, refill
+        refills.append(refill)
+    every = torch.arange(len(images), device=owner.device)
+    refill_of = every.repeat_interleave(every.new_tensor([len(refill) for refill in refills]))
+    return torch.cat(refills), torch.cat([own, refill_of != every[:, None]], dim=1)
 
 
-def nearest_as_new(memory, patches, chosen, own, refill, queries, k: int):
-    """`nearest` of a bank that lacks the rows `own` of the memory and has patches[refill] instead.
+def judge_as_new(rows, images, absent, options):
+    """What normal images, features (n, h, w, C), score by banks that have not seen them.
 
-    Returns distances and indices (Q, up to k), the indices into patches (M, C).
+    rows: (M, C). absent: (n, M) bool, what each bank is without. Returns scores (n,) and anomaly
+    maps (n, H, W).
     """
-    k_bank, k_refill = min(k, int((~own).sum())), min(k, len(refill))
-    found = []
-    if k_bank:
-        distances, rows = memory.nearest(queries, k_bank, passed_over=own)
-        found.append((distances, chosen[rows]))
-    if k_refill:
-        distances, rows = common.nearest_neighbors(
-            queries, patches[refill.cpu()].to(queries), k_refill
-        )
-        found.append((distances, refill[rows]))
-    distances, rows = (torch.cat(both, dim=1) for both in zip(*found, strict=True))
-    distances, order = distances.sort(dim=1, stable=True)
-    return distances[:, :k], rows.gather(1, order)[:, :k]
+    memory, found = common.MemoryBank(rows.to(options.device), options.backend), []
+    for image, passed_over in enumerate(common.progress(absent, "fit: judge images as if new")):
+        b = min(options.neighbors, int((~passed_over).sum()))
+        features = images[image : image + 1].to(options.device)
+        found.append(score_patches(features, memory, b, passed_over))
+    scores, distances = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scores, common.to_maps(distances, options.size)
 
 
-def score_patches(features, vectors, nearest, b: int):
+def score_patches(features, memory, b: int, passed_over=False):
     """Section 3.3: how anomalous each image is, and each of its patches.
 
-    features: (B, h, w, C). nearest: (queries, k) -> distances (Q, k) and indices (Q, k) into
-    vectors (M, C), the memory bank. b: of equation 7. Returns scores (B,) and distances (B, h, w).
+    features: (B, h, w, C). memory: a `MemoryBank`, used as if without the rows `passed_over`. b: of
+    equation 7, at most the rows left. Returns scores (B,) and distances (B, h, w).
     """
+    nearest = partial(memory.nearest, passed_over=passed_over)
     images = torch.arange(len(features), device=features.device)
     patches = features.flatten(1, 2)  # (B, h * w, C)
     distances, rows = (t.view(len(patches), -1) for t in nearest(patches.flatten(0, 1), 1))
@@ -194,10 +211,8 @@ def score_patches(features, vectors, nearest, b: int):
         # distance counts almost in full; where they are as near, it counts less. The neighborhood
         # is that of m* *in the bank*, not that of m_test.
         m_test = patches[images, worst]  # (B, C)
-        m_star = vectors[rows[images, worst].to(vectors.device)].to(m_test.device)
-        _, around = nearest(m_star, b)
-        around = vectors[around.to(vectors.device)].to(m_test.device)  # (B, b, C)
-        to_around = torch.linalg.vector_norm(m_test[:, None] - around, dim=2)
+        _, around = nearest(memory.rows[rows[images, worst]], b)  # of m*: (B, b)
+        to_around = torch.linalg.vector_norm(m_test[:, None] - memory.rows[around], dim=2)
         # softmax = exp(|m_test - m*|) / sum of exp(|m_test - m|); the first neighbor is m* itself.
         s_star = (1 - to_around.softmax(dim=1)[:, 0]) * s_star
     return s_star.cpu(), distances.view(features.shape[:3]).cpu()
@@ -205,20 +220,20 @@ def score_patches(features, vectors, nearest, b: int):
 
 def score(backbone, memory, pixels: torch.Tensor, options) -> common.Result:
     """Scores (N,) and anomaly maps (N, H, W) of images (N, 3, H, W) uint8 by a `MemoryBank`."""
-    found, b = [], min(options.neighbors, len(memory.rows))
+    found = []
     for outputs in common.extract(backbone, options.layers, pixels, options.batch_size, "score"):
         with common.stage("search"):
-            found.append(score_patches(patch_features(outputs), memory.rows, memory.nearest, b))
+            found.append(score_patches(patch_features(outputs), memory, options.neighbors))
     scores, grids = (torch.cat(parts) for parts in zip(*found, strict=True))
     with common.stage("maps"):
         return common.Result(scores, common.to_maps(grids, options.size), [])
 
 
-def draw_coreset(patches, bank, options) -> None:
+def draw_coreset(projected, chosen, options) -> None:
     """coreset.png: patch features in the plane of their two principal axes, and the picks."""
-    sample = torch.randperm(len(patches), generator=torch.Generator().manual_seed(options.seed))
-    plane = PCA(2, random_state=options.seed).fit(patches[sample[:5000]])
-    cloud, picks = plane.transform(patches[sample[:20000]]), plane.transform(bank)
+    sample = torch.randperm(len(projected), generator=torch.Generator().manual_seed(options.seed))
+    plane = PCA(2, random_state=options.seed).fit(projected[sample[:5000]])
+    cloud, picks = (plane.transform(projected[i]) for i in (sample[:20000], chosen))
     figure, axes = common.pyplot.subplots(
         1, 3, figsize=(10.5, 3.7), sharex=True, sharey=True, layout="constrained"
     )
@@ -229,7 +244,7 @@ def draw_coreset(patches, bank, options) -> None:
         dots = axis.scatter(*picks[order].T, s=7, c=order + 1, cmap="viridis", linewidths=0,
                             norm=common.matplotlib.colors.LogNorm(1, len(picks)))  # fmt: skip
         axis.set(xticks=[], yticks=[], title=f"the first {count:,} picks" if share < 1 else
-                 f"the memory bank: {count:,} of {len(patches):,}")  # fmt: skip
+                 f"the memory bank: {count:,} of {len(projected):,}")  # fmt: skip
     figure.colorbar(dots, ax=axes, label="order of the picks", shrink=0.8)
     figure.suptitle(f"patch features (gray) and picks: {common.run_label(options)}", fontsize=11)
     common.save_figure(figure, options.out / "coreset.png")

@@ -125,7 +125,7 @@ def test_patch_features_by_hand(scripts):
 
 def score_patches(scripts, features, bank, b):
     memory = common.MemoryBank(bank)
-    return scripts["patchcore"].score_patches(features, bank, memory.nearest, b)
+    return scripts["patchcore"].score_patches(features, memory, b)
 
 
 def test_equation_7_by_hand(scripts):
@@ -187,29 +187,22 @@ def test_leave_one_out_banks_hold_no_row_of_the_image_and_cover_the_rest(scripts
     radius = torch.cdist(projected, projected[chosen]).amin(1).max()
     owner = torch.arange(len(projected)) // per_image
     images = torch.tensor([0, 3, 4, 11])
-    banks = list(scripts["patchcore"].leave_one_out(projected, chosen, per_image, images))
-    assert len(banks) == 4
-    for image, (own, refill) in zip(images, banks, strict=True):
-        rows = torch.cat([chosen[~own], refill])
+    refills, absent = scripts["patchcore"].leave_one_out(projected, chosen, per_image, images)
+    assert absent.shape == (4, len(chosen) + len(refills))
+    assert (absent[:, len(chosen) :].sum(0) == 3).all()  # a refill serves one of the four
+    for image, passed_over in zip(images, absent, strict=True):
+        assert torch.equal(passed_over[: len(chosen)], owner[chosen] == image)
+        rows = torch.cat([chosen, refills])[~passed_over]
         assert (owner[rows] != image).all()
         others = projected[owner != image]
         assert torch.cdist(others, projected[rows]).amin(1).max() <= radius * (1 + 1e-5)
-        assert own.sum() + (owner[chosen] != image).sum() == len(chosen)
 
 
-def test_nearest_as_new_equals_a_bank_put_together(scripts, generator):
-    patches = torch.randn(300, 5, generator=generator)
-    chosen, refill = torch.arange(0, 200, 2), torch.tensor([251, 7, 99])
-    own = torch.arange(100) % 3 == 0
-    bank = torch.cat([chosen[~own], refill])
-    queries = torch.randn(40, 5, generator=generator)
-    memory = common.MemoryBank(patches[chosen])
-    for k in (1, 9):
-        arguments = memory, patches, chosen, own, refill, queries, k
-        distances, rows = scripts["patchcore"].nearest_as_new(*arguments)
-        expected, places = common.nearest_neighbors(queries, patches[bank], k)
-        assert torch.equal(distances, expected)
-        assert torch.equal(rows, bank[places])
+def test_gather_finds_patches_wherever_they_are(scripts, generator):
+    features = torch.randn(7, 4, 5, 3, generator=generator)
+    wanted = torch.tensor([139, 0, 60, 60, 19, 20, 138])
+    found = scripts["patchcore"].gather(features.split(3), wanted)
+    assert torch.equal(found, features.flatten(0, 2)[wanted])
 
 
 def test_the_threshold_of_patchcore_comes_from_banks_without_the_image(
