@@ -107,7 +107,8 @@ def fit(backbone, train: common.Split, options) -> dict:
     with common.stage("threshold"):
         new = new.view(*place[judged].shape, -1)  # (n, h, w, C)
         scores, maps = judge_as_new(rows, new, absent, options)
-    bank = rows[:size].clone()  # (size, C), in the order picked, without the refills
+    bank = common.allocate((size, rows.shape[1]), rows.dtype, "the memory bank's features")
+    bank.copy_(rows[:size])  # in the order picked, without the refills
     paths, seconds = [train.paths[i] for i in judged], time.perf_counter() - start
     model = common.save_model(options, {"bank": bank}, scores, maps, paths, seconds)
     with common.stage("figures"):
