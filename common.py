@@ -421,8 +421,7 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
     if (8 * torch.linalg.vector_norm(matrix, dim=1).square().sum()).isfinite():
         return  # one NaN or infinity would have spoiled the sum
     for row, column in torch.nonzero(~torch.isfinite(matrix))[:1].tolist():
-        at = f"{matrix[row, column].item()} at row {row}, column {column}"
-        raise ValueError(f"{name}: {at}: expected finite values")
+        raise ValueError(f"{name}: {matrix[row, column]} at row {row}, column {column}: not finite")
     raise ValueError(f"{name}: values are too large for float32 arithmetic")
 
 
