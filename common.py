@@ -641,7 +641,8 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
         raise ValueError(f"backend is {backend!r}: expected auto, torch or cupy")
     usable = tensor.is_cuda and backend != "torch" and k <= THREADS and cuda_kernels() is not None
     if backend == "cupy" and not usable:
-        raise ValueError(f"backend cupy: needs CuPy, CUDA tensors and k up to {THREADS}: use torch")
+        needs = f"needs CuPy, CUDA tensors and k up to {THREADS}"
+        raise ValueError(f"backend cupy: {needs}, got {tensor.device.type} and k = {k}: use torch")
     return usable
 
 

@@ -122,9 +122,9 @@ LOCAL = ["color", "combined", "contamination", "crack", "faulty_imprint", "scrat
 
 def test_each_method_sees_what_the_one_before_cannot(run_script, tmp_path):
     """The story of this repository, on the practice pill with ImageNet features from pip."""
-    least, found = {"autoencoder": 0.58, "dfr": 0.93, "knn": 0.92, "patchcore": 0.95}, {}
+    least, found = {"autoencoder": 0.6, "dfr": 0.93, "knn": 0.92, "patchcore": 0.95}, {}
     for method in METHODS:
-        quick = {"autoencoder": ["--steps", "100"], "dfr": ["--steps", "300"]}.get(method, [])
+        quick = {"autoencoder": ["--steps", "200"], "dfr": ["--steps", "300"]}.get(method, [])
         code, _, err = run_script(method, "--backbone", "efficientnet_lite0", *quick)
         assert code == 0, err
         found[method] = json.loads((tmp_path / f"results/{method}/metrics.json").read_text())

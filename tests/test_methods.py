@@ -198,6 +198,18 @@ def test_leave_one_out_banks_hold_no_row_of_the_image_and_cover_the_rest(scripts
         assert torch.cdist(others, projected[rows]).amin(1).max() <= radius * (1 + 1e-5)
 
 
+def test_images_are_judged_as_by_banks_put_together(scripts, generator):
+    rows, images = (torch.randn(*shape, 5, generator=generator) for shape in ((90,), (3, 2, 4)))
+    absent = torch.rand(3, 90, generator=generator) < 0.5
+    absent[2] = torch.arange(90) >= 4  # fewer rows are left than neighbors are asked for
+    scores, maps = scripts["patchcore"].judge_as_new(rows, images, absent, options(neighbors=9))
+    for image, score, shown, hidden in zip(images, scores, maps, absent, strict=True):
+        b = min(9, int((~hidden).sum()))
+        expected, distances = score_patches(scripts, image[None], rows[~hidden], b)
+        assert torch.equal(score, expected[0])
+        assert torch.equal(shown, common.to_maps(distances, (64, 64))[0])
+
+
 def test_gather_finds_patches_wherever_they_are(scripts, generator):
     features = torch.randn(7, 4, 5, 3, generator=generator)
     wanted = torch.tensor([139, 0, 60, 60, 19, 20, 138])
