@@ -74,13 +74,18 @@ def score(backbone, state: dict, pixels: torch.Tensor, options) -> common.Result
     return average(*(tensor.cpu() for tensor in found), state)
 
 
+def judge_by(backbone, model: dict, options):
+    """The function that judges images by a fitted model: pixels (N, 3, S, S) uint8 -> Result."""
+    return partial(score, backbone, model["state"], options=options)
+
+
 def main():
     options, model = common.parse_options("knn", __doc__, add_options)
     backbone = common.choose_backbone(options, model)
     size = options.resize, options.crop, options.bits
     train, test = common.load_data(options.data, *size, with_train=not model)
     model = model or fit(backbone, train, options)
-    common.report(options, model, test, partial(score, backbone, model["state"], options=options))
+    common.report(options, model, test, judge_by(backbone, model, options))
 
 
 if __name__ == "__main__":

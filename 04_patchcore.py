@@ -190,11 +190,9 @@ def draw_coreset(projected, chosen, options, model: dict) -> None:
     sample = torch.randperm(len(projected), generator=torch.Generator().manual_seed(options.seed))
     plane = PCA(2, random_state=options.seed).fit(projected[sample[:5000]])
     cloud, picks = (plane.transform(projected[i]) for i in (sample[:20000], chosen))
-    figure = common.Figure(figsize=(10.5, 3.9), layout="constrained")
-    axes, colors = (
-        figure.subplots(1, 3, sharex=True, sharey=True),
-        {"cmap": "viridis", "linewidths": 0},
-    )
+    figure, colors = common.Figure(figsize=(10.5, 3.9)), {"cmap": "viridis", "linewidths": 0}
+    room = {"left": 0.01, "right": 0.92, "bottom": 0.02, "top": 0.83, "wspace": 0.04}
+    axes = figure.subplots(1, 3, sharex=True, sharey=True, gridspec_kw=room)
     colors["norm"] = common.matplotlib.colors.LogNorm(1, len(picks))
     for axis, share in zip(axes, (0.01, 0.1, 1), strict=True):
         count = max(1, round(share * len(picks)))
@@ -205,7 +203,7 @@ def draw_coreset(projected, chosen, options, model: dict) -> None:
         if share == 1:
             title = f"the memory bank: {count:,} of {len(projected):,}"
         axis.set(xticks=[], yticks=[], title=title)
-    figure.colorbar(dots, ax=axes, label="order of the picks", shrink=0.8)
+    figure.colorbar(dots, figure.add_axes((0.935, 0.1, 0.012, 0.65)), label="order of the picks")
     title = f"patch features (gray) and picks: {common.run_label(options, model)}"
     common.save_figure(figure, title, options.out / "coreset.png")
 

@@ -161,8 +161,11 @@ def image_files(folder: Path, depth: float = 0, leave_out=None) -> list[Path]:
     `depth` folders down; infinite: any number. Hidden names and the folder `leave_out` are not
     looked at. Links are followed, but no folder is looked at twice."""
     found, passed, entered = [], Counter(), {leave_out}
-    walk = os.walk(folder, followlinks=True, onerror=lambda error: passed.update([str(error)]))
-    for base, folders, names in walk:
+
+    def locked(error):  # a folder that is not there is empty
+        passed.update([] if isinstance(error, FileNotFoundError) else [str(error)])
+
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=locked):
         below = len(Path(base).relative_to(folder).parts)
         for name in sorted(folders):
             real = Path(base, name).resolve()
@@ -923,6 +926,7 @@ def with_thresholds(model: dict, rate: float) -> dict:
 METHODS = ["autoencoder", "dfr", "knn", "patchcore"]
 FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
 COLORS = (255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
+MARGINS = {"left": 0.07, "right": 0.98, "bottom": 0.15, "top": 0.88}  # of figures with axes
 font = functools.cache(ImageFont.load_default)
 
 
@@ -1040,8 +1044,8 @@ def show_tables(options, test: Split, metrics: dict, runs: list[dict]) -> None:
 
 def draw_scores(options, model: dict, labels, scores) -> None:
     """scores.png: how far normal and defective images lie apart, and the ROC curve that follows."""
-    figure, threshold = Figure(figsize=(9, 3.5), layout="constrained"), model["threshold"]
-    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
+    figure, threshold = Figure(figsize=(9, 3.5)), model["threshold"]
+    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1], gridspec_kw=MARGINS)
     bins = np.histogram_bin_edges(np.append(scores, threshold), 30)
     for kind, name, color in [(False, "normal", "tab:blue"), (True, "defective", "tab:red")]:
         left.hist(scores[labels == kind], bins, alpha=0.6, color=color, label=name)
@@ -1062,8 +1066,8 @@ def draw_scores(options, model: dict, labels, scores) -> None:
 
 def draw_losses(options, model: dict, losses) -> None:
     """loss.png: the training loss, step by step."""
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(6, 3.5))
+    axis = figure.subplots(gridspec_kw=MARGINS | {"left": 0.12})
     axis.semilogy(losses, color="black", linewidth=0.7)
     axis.set(xlabel="step", ylabel="training loss (MSE)")
     save_figure(figure, run_label(options, model), options.out / "loss.png")
@@ -1140,7 +1144,7 @@ def save_picture(path: Path, title: str, rows, map_range=None) -> None:
         for text, share in zip(texts, (0.97, 0.5, 0.03), strict=True):
             write((right + 26, top + share * height), text, font=font(13), anchor="lm")
     with atomic(path) as temporary:
-        image.save(temporary, "PNG")
+        image.save(temporary, "PNG", compress_level=1)  # the default takes four times as long
 
 
 def first_of_each_type(test: Split) -> dict[str, int]:
@@ -1228,7 +1232,9 @@ def load_torch_file(option: str, path, expected: str) -> dict:
         raise
     except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-        reason = getattr(error, "strerror", None) or f"damaged or foreign file ({reason})"
+        reason = f"damaged or foreign file ({reason})"
+        if getattr(error, "filename", None):  # the system could not open it
+            reason = error.strerror
         raise UserError(f"{option} {path}: {reason}: expected {expected}") from None
 
 

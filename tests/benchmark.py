@@ -181,7 +181,7 @@ def benchmark_run(_options):
 
 
 def benchmark_memory(_options):
-    mebibytes = conftest.search_memory(6_272, 163_840, 1536, 9) / 1024
+    mebibytes = conftest.search_memory((6_272, 163_840, 1536, 9, "randn"))[0] / 1024
     print(f"\nmemory above the inputs, 6272 queries, 163840 rows: {mebibytes:.0f} MiB")
 
 

@@ -39,32 +39,32 @@ QUICK = {  # what keeps each method's own work short
 }
 
 
-def options(**changes):
-    """What `parse_options` would return for a small run, to call a script's functions with."""
-    settings = {"weights": "random", "backbone": "resnet18", "device": "cpu", "seed": 0}
-    settings |= {"batch_size": 4, "load": None, "save": None, "method": "test", "crop": 64}
-    settings |= {"backend": "auto", "layers": ["layer2", "layer3"], "neighbors": 3, "coreset": 0.2}
-    settings |= {"data": Path("parts"), "resize": 64, "predict": None, "demo": False}
-    settings |= {"fingerprint": None, "data_fingerprint": None, "train_fingerprint": None}
-    settings |= {"steps": 30, "learning_rate": 2e-3, "latent": 8, "size": (64, 64), "bits": 16}
-    settings |= {"false_alarm_rate": 0.05}
-    return argparse.Namespace(**settings | changes)
+def options(method="patchcore", arguments=(), **changes):
+    """What `parse_options` returns for a small run, to call a script's functions with."""
+    module = importlib.import_module(SCRIPTS[method].stem)
+    parser = common.build_parser("", module.add_options)
+    given = parser.parse_args([*SMALL, *QUICK[method], *map(str, arguments)])
+    settings = {"method": method, "device": "cpu", "demo": False, "data": Path("parts")}
+    return argparse.Namespace(**vars(given) | settings | changes)
 
 
-def search_memory(queries: int, rows: int, columns: int, k: int) -> int:
-    """kB above its inputs that a search takes at its peak, in a process of its own; Linux only."""
+def search_memory(*searches) -> list[int]:
+    """kB above the inputs that searches, (queries, rows, columns, k, a function of torch) each,
+    take at their peak, one after another in a process of their own; Linux only."""
     code = f"""
 import torch, common
 def peak():  # kB; getrusage's would be the parent's where that is larger
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-queries, bank = torch.randn({queries}, {columns}), torch.randn({rows}, {columns})
-common.nearest_neighbors(queries[:9], bank[:99], {k})  # loads what loads late
-before = peak()
-common.nearest_neighbors(queries, bank, {k})
-print(peak() - before)
+common.nearest_neighbors(torch.rand(9, 3), torch.rand(99, 3))  # loads what loads late
+for queries, rows, columns, k, kind in {searches}:
+    make = getattr(torch, kind)
+    queries, bank = make(queries, columns), make(rows, columns)
+    before = peak()
+    common.nearest_neighbors(queries, bank, k)
+    print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
-    return int(done.stdout)
+    return list(map(int, done.stdout.split()))
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +86,16 @@ def pill(original_pill, tmp_path):
     return Path(shutil.copytree(original_pill, tmp_path / "pill"))
 
 
+@pytest.fixture(scope="session")
+def fitted(original_pill, tmp_path_factory):
+    """A model of k-NN, fitted once."""
+    run = options("knn", out=(folder := tmp_path_factory.mktemp("fitted")), save=folder / "m.pt")
+    script = importlib.import_module(SCRIPTS["knn"].stem)
+    backbone = common.load_backbone("resnet18", "random")
+    script.fit(backbone, common.load_data(original_pill, 64, 64)[0], run)
+    return folder / "m.pt"
+
+
 @pytest.fixture
 def run_script(monkeypatch, capfd, tmp_path):
     """Runs a script as `python script.py *arguments` would, in this process.
@@ -96,27 +106,24 @@ def run_script(monkeypatch, capfd, tmp_path):
 
     def run(method, *arguments):
         monkeypatch.setattr(sys, "argv", [str(SCRIPTS[method]), *map(str, arguments)])
-        common.SECONDS.clear()
         code = 0
         try:
             runpy.run_path(str(SCRIPTS[method]), run_name="__main__")
         except SystemExit as exit:
             code = exit.code
-        finally:
-            common.pyplot.close("all")
         captured = capfd.readouterr()
         return code, captured.out, captured.err
 
     return run
 
 
-def split(pixels, masks=None):
+def split(pixels):
     """A `Split` of normal images that were never files."""
-    count, size = len(pixels), pixels.shape[2:]
+    count = len(pixels)
     paths = [Path(f"{i:03d}.png") for i in range(count)]
-    masks = torch.zeros(count, *size, dtype=torch.bool) if masks is None else masks
+    regions = torch.zeros(pixels[:, 0].shape, dtype=torch.int32)
     good = np.array(["good"] * count, dtype=object)
-    return common.Split(paths, good, pixels, masks, np.ones(count, dtype=bool))
+    return common.Split(paths, good, pixels, regions, np.ones(count, dtype=bool))
 
 
 @pytest.fixture

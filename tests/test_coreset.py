@@ -71,6 +71,16 @@ def test_the_first_pick_is_drawn_from_the_seed_and_part_of_the_coreset(generator
     assert common.greedy_coreset(features, 1000).unique().tolist() == list(range(1000))
 
 
+def test_the_cover_is_that_of_the_picks(generator):
+    features = torch.randn(3000, 16, generator=generator) + 50
+    features[100:200] = features[:100]  # of equals the first picked counts
+    picks, nearest, distances = common.greedy_coreset(features, 700, 0, with_cover=True)
+    exact = torch.cdist(features.double(), features[picks].double())
+    np.testing.assert_allclose(distances, exact.amin(1), atol=1e-6)
+    assert torch.equal(nearest, exact.argmin(1))
+    assert torch.equal(picks, common.greedy_coreset(features, 700))
+
+
 @pytest.mark.parametrize(
     ("features", "size", "message"),
     [

@@ -37,7 +37,8 @@ def test_kernel_compiles(source, architecture):
 
 ARGUMENTS = {  # of each kernel, as C++ declares them
     "keep_best": "const float* a, int b, float* c, int* d",
-    "update_and_pick": "const float4* a, float* b, unsigned long long* c, unsigned d, int e, int f",
+    "update_and_pick": "const float4* a, float* b, int* c, unsigned long long* d, unsigned e, "
+    "int f, int g",
 }
 
 
@@ -45,7 +46,7 @@ def build(folder, sources):
     """The kernels as functions of ctypes: name(blocks, threads, *arguments)."""
     code = f'#include "{Path(__file__).parent / "cuda_on_cpu.h"}"\n{sources}'
     for name, declared in ARGUMENTS.items():
-        passed = ", ".join("abcdef"[: declared.count(",") + 1])
+        passed = ", ".join("abcdefg"[: declared.count(",") + 1])
         code += f"""
 extern "C" int run_{name}(unsigned blocks, unsigned threads, {declared}) {{
     return run_grid(blocks, threads, [=] {{ {name}({passed}); }});
@@ -83,7 +84,6 @@ def kernels(library, monkeypatch):
     monkeypatch.setattr(common, "launch", launch)
     properties = SimpleNamespace(multi_processor_count=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     return launched
 
 
@@ -109,56 +109,58 @@ def test_keep_best_on_the_processor(kernels, generator, queries, rows):
         np.testing.assert_array_equal(found[kept], mine[order][kept])
 
 
-def equal_searches(bank, offsets, queries, k):
-    """What search_cupy and search yield, block by block or not, is the same to the last bit."""
-    both = (find(bank, offsets, queries, k) for find in (common.search_cupy, common.search))
-    found, wanted = ([torch.cat(parts) for parts in zip(*blocks, strict=True)] for blocks in both)
-    return torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+def equal_searches(bank, queries, k, monkeypatch):
+    """What the search finds is the same to the last bit whether or not the kernel finds its k."""
+    found = bank.nearest(queries, k)
+    with monkeypatch.context() as context:
+        context.setattr(common, "uses_cupy", lambda *_: True)
+        return all(map(torch.equal, found, bank.nearest(queries, k)))
 
 
 @pytest.mark.parametrize("k", [1, 9, 40])
 @pytest.mark.parametrize(
     ("queries", "rows", "columns"), [(3, 60, 5), (20, 300, 17), (4, 2100, 520)]
 )
-def test_search_cupy_on_the_processor(kernels, generator, queries, rows, columns, k):
+def test_search_on_the_processor(kernels, generator, monkeypatch, queries, rows, columns, k):
     rows = torch.randn(rows, columns, generator=generator) * torch.logspace(0, -3, columns)
     rows[7] = rows[3]
     wanted = torch.cat([torch.randn(queries, columns, generator=generator), rows[3:5]])
     bank = common.MemoryBank(rows)
-    assert equal_searches(bank, bank.offsets, wanted, k)
+    assert equal_searches(bank, wanted, k, monkeypatch)
     assert kernels == ["keep_best"]
-    hidden = torch.rand(len(rows), generator=generator) < 0.2
-    hidden[7] = True
-    assert equal_searches(bank, bank.offsets.masked_fill(hidden, -torch.inf), wanted, k)
-    hidden = torch.arange(len(rows)) % common.THREADS >= 20  # one warp's rows alone are left,
-    hidden[:20] = k < 20  # and without the first of those fewer than it keeps
-    if (~hidden).sum() >= k:
-        assert equal_searches(bank, bank.offsets.masked_fill(hidden, -torch.inf), wanted, k)
+    keep = torch.rand(len(rows), generator=generator) > 0.2
+    keep[7] = False
+    assert equal_searches(bank.only(keep), wanted, k, monkeypatch)
+    keep = torch.arange(len(rows)) % common.THREADS < 20  # one warp's rows alone are left,
+    keep[:20] = k >= 20  # and without the first of those fewer than it keeps
+    if keep.sum() >= k:
+        assert equal_searches(bank.only(keep), wanted, k, monkeypatch)
 
 
-def test_search_cupy_takes_several_blocks(kernels, generator, monkeypatch):
-    """Rows that are all alike but for a few: what the kernel keeps decides nothing."""
-    monkeypatch.setattr(common, "CUDA_PRODUCTS", 20_000)
+def test_rows_that_are_all_alike_but_for_a_few(kernels, generator, monkeypatch):
+    """What the kernel keeps decides nothing."""
     rows = torch.zeros(1000, 2)
     rows[::100] = torch.randn(10, 2, generator=generator)
     bank = common.MemoryBank(rows)
-    assert equal_searches(bank, bank.offsets, torch.randn(43, 2, generator=generator), 3)
-    assert kernels == ["keep_best"] * 3
+    assert equal_searches(bank, torch.randn(43, 2, generator=generator), 3, monkeypatch)
 
 
 @pytest.mark.parametrize(("rows", "columns", "size"), [(300, 3, 20), (1111, 130, 9), (33, 8, 33)])
 def test_coreset_cupy_on_the_processor(kernels, generator, rows, columns, size):
     features = torch.randn(rows, columns, generator=generator)
-    picks = common.coreset_cupy(features, size, torch.tensor([5]))
+    picks, nearest, distances = common.coreset_cupy(features, size, torch.tensor([5]))
     assert picks.tolist() == naive_greedy(features, size, 5)
-    assert kernels == ["update_and_pick"] * (size - 1)
+    assert kernels == ["update_and_pick"] * size
+    exact = torch.cdist(features.double(), features[picks].double())
+    assert torch.equal(nearest, exact.argmin(1))
+    np.testing.assert_allclose(distances, exact.amin(1), rtol=1e-5, atol=1e-5)
 
 
 def test_coreset_cupy_with_duplicates_on_the_processor(kernels):
     """A grid with every row thrice: ties, and duplicates only when nothing else is left."""
     grid = torch.cartesian_prod(*[torch.arange(3.0)] * 3).repeat(3, 1)
     features = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))]
-    picks = common.coreset_cupy(features, 40, torch.tensor([0]))
+    picks, *_ = common.coreset_cupy(features, 40, torch.tensor([0]))
     assert picks.tolist() == naive_greedy(features, 40, 0)
     assert len(features[picks[:27]].unique(dim=0)) == 27
 

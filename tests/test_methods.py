@@ -1,6 +1,6 @@
 """Each method's own mathematics: shapes, equations by hand, scikit-learn as the reference."""
 
-import subprocess
+import runpy
 import sys
 
 import common
@@ -32,8 +32,8 @@ def test_autoencoder_has_a_bottleneck_and_keeps_the_shape(scripts):
     assert min(widths) == 8
 
 
-def test_autoencoder_score_is_the_mean_squared_error(scripts, pixels, tmp_path):
-    module, run = scripts["autoencoder"], options(out=tmp_path)
+def test_autoencoder_score_is_the_mean_squared_error(scripts, pixels):
+    module, run = scripts["autoencoder"], options("autoencoder")
     network = module.build_autoencoder(8).eval()
     scores, maps, ((_, _, drawings),) = module.score(network, pixels, run)
     images = module.shrink(pixels, "cpu")
@@ -86,7 +86,8 @@ def test_dfr_map_is_the_squared_error_of_standardized_features(scripts, monkeypa
     features = torch.tensor([3.0, 6, 11]).view(1, 3, 1, 1).expand(2, 3, 8, 8)  # (x - m) / s = 2
     monkeypatch.setattr(common, "extract", lambda *_: iter([[features]]))
     monkeypatch.setattr(scripts["dfr"], "regional_features", lambda outputs: outputs[0])
-    scores, maps, _ = scripts["dfr"].score(None, network, state, torch.empty(2), options())
+    pixels, run = torch.empty(2, 3, 64, 64), options("dfr")
+    scores, maps, _ = scripts["dfr"].score(None, network, state, pixels, run)
     torch.testing.assert_close(scores, torch.full((2,), 4.0))
     torch.testing.assert_close(maps, torch.full((2, 64, 64), 4.0))
 
@@ -94,8 +95,8 @@ def test_dfr_map_is_the_squared_error_of_standardized_features(scripts, monkeypa
 # ---------------------------------------------------------------- k-NN
 
 
-def test_knn_scores_equal_scikit_learn(scripts, pixels):
-    module, run = scripts["knn"], options()
+def test_knn_scores_equal_scikit_learn(scripts, pixels, tmp_path):
+    module, run = scripts["knn"], options("knn", ["--batch-size", 4], out=tmp_path)
     resnet = common.load_backbone("resnet18", "random")
     model = module.fit(resnet, split(pixels[:6]), run)
     bank = model["state"]["bank"]
@@ -179,52 +180,56 @@ def test_equation_7_does_not_overflow(scripts):
     assert scores.item() == pytest.approx(1000, rel=1e-6)
 
 
-def test_leave_one_out_banks_hold_no_row_of_the_image_and_cover_the_rest(scripts, generator):
-    """Checked from the outside: every other patch is as near to the bank as the coreset's were."""
-    count, per_image = 12, 40
-    projected = torch.randn(count * per_image, 6, generator=generator)
-    chosen = common.greedy_coreset(projected, 60)
-    radius = torch.cdist(projected, projected[chosen]).amin(1).max()
-    owner = torch.arange(len(projected)) // per_image
-    images = torch.tensor([0, 3, 4, 11])
-    refills, absent = scripts["patchcore"].leave_one_out(projected, chosen, per_image, images)
-    assert absent.shape == (4, len(chosen) + len(refills))
-    assert (absent[:, len(chosen) :].sum(0) == 3).all()  # a refill serves one of the four
-    for image, passed_over in zip(images, absent, strict=True):
-        assert torch.equal(passed_over[: len(chosen)], owner[chosen] == image)
-        rows = torch.cat([chosen, refills])[~passed_over]
-        assert (owner[rows] != image).all()
-        others = projected[owner != image]
-        assert torch.cdist(others, projected[rows]).amin(1).max() <= radius * (1 + 1e-5)
+def judged(scripts, features, projected, size, images, run, monkeypatch):
+    """(result, [rows of features per image]): what `judge_as_new` finds and by which banks."""
+    banks, score_patches = [], scripts["patchcore"].score_patches
+
+    def spy(new, bank, b):
+        banks.append(bank.rows[bank.offsets.isfinite()])
+        return score_patches(new, bank, b)
+
+    cover = common.greedy_coreset(projected, size, with_cover=True)
+    with monkeypatch.context() as context:
+        context.setattr(scripts["patchcore"], "score_patches", spy)
+        result = scripts["patchcore"].judge_as_new(features, projected, cover, images, run)
+    return cover[0], result, banks
 
 
-def test_images_are_judged_as_by_banks_put_together(scripts, generator):
-    rows, images = (torch.randn(*shape, 5, generator=generator) for shape in ((90,), (3, 2, 4)))
-    absent = torch.rand(3, 90, generator=generator) < 0.5
-    absent[2] = torch.arange(90) >= 4  # fewer rows are left than neighbors are asked for
-    scores, maps = scripts["patchcore"].judge_as_new(rows, images, absent, options(neighbors=9))
-    for image, score, shown, hidden in zip(images, scores, maps, absent, strict=True):
-        b = min(9, int((~hidden).sum()))
-        expected, distances = score_patches(scripts, image[None], rows[~hidden], b)
-        assert torch.equal(score, expected[0])
-        assert torch.equal(shown, common.to_maps(distances, (64, 64))[0])
-
-
-def test_gather_finds_patches_wherever_they_are(scripts, generator):
-    features = torch.randn(7, 4, 5, 3, generator=generator)
-    wanted = torch.tensor([139, 0, 60, 60, 19, 20, 138])
-    found = scripts["patchcore"].gather(features.split(3), wanted)
-    assert torch.equal(found, features.flatten(0, 2)[wanted])
-
-
-def test_the_threshold_of_patchcore_comes_from_banks_without_the_image(
-    scripts, pixels, monkeypatch
+def test_banks_without_an_image_hold_none_of_its_rows_and_cover_the_rest(
+    scripts, generator, monkeypatch
 ):
+    """Checked from the outside: every other patch is as near to the bank as the coreset's were."""
+    projected = torch.randn(12 * 40, 6, generator=generator)
+    features, images = projected.view(12, 5, 8, 6), torch.tensor([0, 3, 4, 11])
+    chosen, result, banks = judged(
+        scripts, features, projected, 60, images, options(neighbors=9), monkeypatch
+    )
+    radius = torch.cdist(projected, projected[chosen]).amin(1).max()
+    for image, score, anomaly_map, bank in zip(images, *result[:2], banks, strict=True):
+        own = features[image].flatten(0, 1)
+        assert torch.cdist(bank, own).min() > 0
+        others = torch.cat([features[:image], features[image + 1 :]]).flatten(0, 2)
+        assert torch.cdist(others, bank).amin(1).max() <= radius * (1 + 1e-5)
+        # Judged by a bank put together of the same rows, it scores the same to the last bit.
+        expected, grid = score_patches(scripts, features[image][None], bank, 9)
+        assert torch.equal(score, expected[0])
+        assert torch.equal(anomaly_map, common.to_maps(grid, 64)[0])
+
+
+def test_a_bank_that_would_be_empty_is_begun_anew(scripts, generator, monkeypatch):
+    projected = torch.randn(4 * 6, 3, generator=generator)
+    images, run = torch.arange(4), options(neighbors=1)
+    features = projected.view(4, 2, 3, 3)
+    _, result, banks = judged(scripts, features, projected, 1, images, run, monkeypatch)
+    assert all(len(bank) >= 1 for bank in banks)
+    assert result.scores.isfinite().all()
+
+
+def test_the_threshold_of_patchcore_comes_from_banks_without_the_image(scripts, pixels, tmp_path):
     """Against the whole coreset with everything kept, a training image scores zero."""
-    monkeypatch.setattr(scripts["patchcore"], "draw_coreset", lambda *_: None)
-    run = options(coreset=1.0, neighbors=1)
+    run = options(coreset=1.0, neighbors=1, out=tmp_path)
     backbone = common.load_backbone("resnet18", "random")
-    model = scripts["patchcore"].fit(backbone, split(pixels.clone()), run)
+    model = scripts["patchcore"].fit(backbone, split(pixels), run)
     batches = common.extract(backbone, run.layers, pixels)
     features = torch.cat([scripts["patchcore"].patch_features(outputs) for outputs in batches])
     for i, score in enumerate(model["normal_scores"]):
@@ -233,58 +238,72 @@ def test_the_threshold_of_patchcore_comes_from_banks_without_the_image(
         assert score == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_the_autoencoder_trains_on_the_same_batches_whatever_fits_into_memory(
+    scripts, pixels, tmp_path
+):
+    states = []
+    for size in (16, 3):
+        run = options("autoencoder", ["--batch-size", size, "--steps", 5], out=tmp_path)
+        states.append(scripts["autoencoder"].fit(split(pixels), run)["state"])
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+
+
 @pytest.mark.parametrize("method", ["autoencoder", "dfr"])
-def test_held_out_images_are_not_trained_on(scripts, method, pixels, monkeypatch, tmp_path):
+def test_held_out_images_are_not_trained_on(scripts, method, pixels, tmp_path):
     """Whatever the held-out images show, the network that is trained is the same."""
-    monkeypatch.setattr(common, "draw_losses", lambda *_: None)
     _, held_out = common.hold_out(8, 0)
     other = pixels.clone()
     other[held_out] = 255 - other[held_out]
-    states = []
+    models = []
     for images in (pixels, other):
-        arguments = [split(images), options(out=tmp_path, batch_size=1)]
+        arguments = [
+            split(images),
+            options(method, ["--batch-size", 1, "--steps", 5], out=tmp_path),
+        ]
         if method == "dfr":
             arguments.insert(0, common.load_backbone("resnet18", "random"))
-        model = scripts[method].fit(*arguments)
-        states.append((common.digest(model["state"]), common.digest(model["normal_scores"])))
-    assert states[0][0] == states[1][0]
-    assert states[0][1] != states[1][1]
+        models.append(scripts[method].fit(*arguments))
+    weights = [model["state"].get("weights", model["state"]).values() for model in models]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert not torch.equal(models[0]["normal_scores"], models[1]["normal_scores"])
+
+
+@pytest.mark.parametrize("method", ["autoencoder", "dfr", "knn", "patchcore"])
+def test_same_seed_same_scores(scripts, method, pixels, tmp_path):
+    found = []
+    for seed in (0, 0, 1):
+        run = options(method, ["--seed", seed], out=tmp_path)
+        backbone = common.load_backbone("resnet18", "random", seed)
+        first = [] if method == "autoencoder" else [backbone]
+        model = scripts[method].fit(*first, split(pixels[:6]), run)
+        found.append(scripts[method].judge_by(*first, model, run)(pixels).scores)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("method", ["autoencoder", "dfr", "knn", "patchcore"])
 def test_an_image_of_the_training_set_scores_lower_than_noise(scripts, method, tmp_path):
     """Every method end to end on images that are alike, and one that is not."""
-    module, run = scripts[method], options(out=tmp_path, method=method)
+    module, run = scripts[method], options(method, out=tmp_path)
     base = torch.linspace(0, 200, 64).expand(12, 3, 64, 64)
-    normal = (
-        base + 20 * torch.rand(12, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    ).byte()
+    noise = torch.rand(12, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    normal = (base + 20 * noise).byte()
     odd = normal[:1].clone()
     odd[:, :, 20:44, 20:44] = 255 - odd[:, :, 20:44, 20:44]
     backbone = common.load_backbone("resnet18", "random")
-    train, both = split(normal), torch.cat([normal[:1], odd])
-    model = module.fit(train, run) if method == "autoencoder" else module.fit(backbone, train, run)
-    state = model["state"]
-    if method == "autoencoder":
-        network = module.build_autoencoder(8).eval()
-        network.load_state_dict(state)
-        scores = module.score(network, both, run).scores
-    elif method == "dfr":
-        network = module.build_autoencoder(len(state["mean"]), state["d"]).eval()
-        network.load_state_dict(state["weights"])
-        scores = module.score(backbone, network, state, both, run).scores
-    elif method == "knn":
-        scores = module.score(backbone, state, both, run).scores
-    else:
-        scores = module.score(backbone, common.MemoryBank(state["bank"]), both, run).scores
+    first = [] if method == "autoencoder" else [backbone]
+    model = module.fit(*first, split(normal), run)
+    judge = module.judge_by(*first, model, run)
+    scores = judge(torch.cat([normal[:1], odd])).scores
     assert scores[1] > scores[0]
     assert len(model["normal_scores"]) == (12 if method in ("knn", "patchcore") else 2)
 
 
-def test_the_benchmark_starts_as_a_script(tmp_path):
-    command = [sys.executable, ROOT / "tests" / "benchmark.py", "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "neighbors" in done.stdout
+def test_the_benchmark_starts(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "tests" / "benchmark.py"), run_name="__main__")
+    assert "neighbors" in capsys.readouterr().out
 
 
 def test_the_readme_in_a_notebook(generator):

@@ -1,7 +1,5 @@
 """Metrics and threshold against scikit-learn and the definitions, spelled out."""
 
-import argparse
-
 import common
 
 import numpy as np
@@ -105,12 +103,28 @@ def test_conformal_threshold_keeps_the_rate_on_new_normals(rate):
     assert rate - 1 / 51 <= np.mean(rates) <= rate
 
 
-def test_calibration_warns_of_too_few_normals(capsys):
-    options = argparse.Namespace(false_alarm_rate=0.05)
+def test_thresholds_warn_of_too_few_normals(capsys):
     model = {"normal_scores": torch.arange(6.0), "normal_peaks": None}
-    common.calibrate(options, model)
+    assert common.with_thresholds(model, 0.05)["threshold"] == 5
     assert "takes 19 normal images" in capsys.readouterr().err
-    assert options.threshold == 5
-    model["normal_scores"] = torch.arange(19.0)
-    common.calibrate(options, model)
+    model = {"normal_scores": torch.arange(19.0), "normal_median": 1.0}
+    model["normal_peaks"] = 2 * model["normal_scores"]
+    assert common.with_thresholds(model, 0.05)["map_range"] == (1, 36, 71)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("max_fpr", [0, -0.1, 1.1, np.nan])
+def test_a_rate_that_ends_no_curve_is_refused(maps_and_masks, max_fpr):
+    with pytest.raises(ValueError, match=r"max_fpr is .*: expected more than 0 and at most 1"):
+        common.au_pro(*maps_and_masks, max_fpr)
+
+
+def test_regions_given_are_not_found_anew():
+    """Two pieces of one region, as a thin one leaves when it shrinks, count together."""
+    regions = np.zeros((1, 8, 8), np.int32)
+    regions[0, 1, 1] = regions[0, 5, 5] = 7
+    regions[0, 1, 5] = 3
+    found = np.zeros((1, 8, 8))
+    found[0, 1, 1] = 1
+    assert common.au_pro(found, regions, 1e-9) == pytest.approx(1 / 4)
+    assert common.au_pro(found, regions > 0, 1e-9) == pytest.approx(1 / 3)

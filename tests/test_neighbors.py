@@ -133,34 +133,73 @@ def test_few_columns_do_not_serve_isotropic_rows(generator):
 def test_one_long_row_costs_the_others_nothing(generator, monkeypatch):
     rows, queries = structured(5000, generator), structured(100, generator)
     rows[77] *= 1000
-    measured = []
-    measure = common.measure
-    monkeypatch.setattr(common, "measure", lambda *a: measured.append(len(a[2])) or measure(*a))
+    measured, measure = [], common.measure
+    monkeypatch.setattr(common, "measure", lambda *a: measured.append(a[3].numel()) or measure(*a))
     distances, _ = common.MemoryBank(rows).nearest(queries)
     np.testing.assert_allclose(distances.numpy(), reference(queries, rows, 1)[0], rtol=1e-6)
     assert sum(measured) < 100 * 200
 
 
-def test_rows_passed_over_are_not_found(generator):
+def test_a_bank_of_some_rows_finds_no_other(generator):
     rows, queries = (torch.randn(n, 6, generator=generator) for n in (300, 50))
-    hidden = torch.rand(300, generator=generator) < 0.5
-    hidden[:130] = True  # the first groups hold nothing else
-    distances, indices = common.MemoryBank(rows).nearest(queries, 3, passed_over=hidden)
-    expected, places = common.nearest_neighbors(queries, rows[~hidden], 3)
+    keep = torch.rand(300, generator=generator) < 0.5
+    keep[:130] = False  # the first groups hold nothing
+    bank = common.MemoryBank(rows)
+    distances, indices = bank.only(keep).nearest(queries, 3)
+    expected, places = common.nearest_neighbors(queries, rows[keep], 3)
     assert torch.equal(distances, expected)
-    assert torch.equal(indices, torch.nonzero(~hidden)[:, 0][places])
+    assert torch.equal(indices, torch.nonzero(keep)[:, 0][places])
     with pytest.raises(ValueError, match="k is 200: expected 1 to"):
-        common.MemoryBank(rows).nearest(queries, 200, passed_over=hidden)
-    hidden = torch.arange(300) < 295  # one group holds all that is left
-    _, indices = common.MemoryBank(rows).nearest(queries, 5, passed_over=hidden)
+        bank.only(keep).nearest(queries, 200)
+    keep = torch.arange(300) >= 295  # one group holds all that is left
+    _, indices = bank.only(keep).nearest(queries, 5)
     assert indices.sort(1).values.tolist() == [list(range(295, 300))] * 50
+    assert bank.only(keep).rows is rows
+
+
+def test_products_of_few_digits_give_no_query_another_ones_neighbors(generator, monkeypatch):
+    """What torch.set_float32_matmul_precision("medium") does where the processor has bfloat16."""
+    addmm = torch.addmm
+
+    def rounded(offsets, a, b, out):
+        return addmm(offsets, a.bfloat16().float(), b.bfloat16().float(), out=out)
+
+    monkeypatch.setattr(torch, "addmm", rounded)
+    bank = torch.randn(500, 64, generator=generator)
+    for _ in range(50):
+        queries = torch.randn(20, 64, generator=generator)
+        distances, indices = common.nearest_neighbors(queries, bank, 2)
+        exact = torch.linalg.vector_norm(queries[:, None] - bank[indices], dim=2)
+        torch.testing.assert_close(distances, exact)
+        assert (distances[:, 0] < 1.1 * torch.cdist(queries, bank).amin(1)).all()
+
+
+def test_where_the_bound_fails_the_nearest_seen_is_found():
+    tiny = torch.tensor([[-1.1265542e-22], [1.0]]), torch.tensor([[2.0721945e-22]])
+    assert common.nearest_neighbors(*tiny)[1].tolist() == [[0], [0]]
+    constant = torch.full((1, 524_288), 0.1)
+    assert common.nearest_neighbors(constant, constant)[0].tolist() == [[0]]
+
+
+def test_rows_far_from_the_origin_are_ruled_out_like_others(generator, monkeypatch):
+    rows, measured = torch.randn(3000, 768, generator=generator), []
+    measure = common.measure
+    monkeypatch.setattr(common, "measure", lambda *a: measured.append(a[3].numel()) or measure(*a))
+    queries = torch.randn(20, 768, generator=generator)
+    for shift in (0, 100):
+        found = common.MemoryBank(rows + shift).nearest(queries + shift, 2)[1]
+        np.testing.assert_array_equal(found, reference(queries + shift, rows + shift, 2)[1])
+        assert sum(measured) < 20 * 20
+        measured.clear()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_is_bounded():
     """All distances at once would be 960 MB; the search may take a tenth of that."""
-    kilobytes = search_memory(2000, 120_000, 64, 3)
-    assert 5_000 < kilobytes < 96_000  # at least one block of keys, or nothing was measured
+    searches = (2000, 120_000, 64, 3, "randn"), (48, 163_840, 8, 1, "ones")
+    usual, alike = search_memory(*searches)
+    assert 5_000 < usual < 96_000  # at least one block of keys, or nothing was measured
+    assert alike < 300_000  # where all rows are alike, all are measured: 0.6 GB of pairs
 
 
 @pytest.mark.parametrize(
