@@ -37,11 +37,10 @@ def add_options(add):
     # 1000, 1500 and 2500 steps 0.85, 0.87, 0.89 and 0.90, half and twice the rate 0.87 and 0.90.
     # differs from the paper: a smaller network, and one cycle of a higher rate instead of the
     # constant 1e-4: minutes, not hours.
-    latent, steps = common.number(int, 1, 4096), common.number(int, 2, 10**9)
-    rate = {"default": 2e-3, "metavar": "R", "help": "the highest of the cycle (0.002)"}
-    add("--latent", type=latent, default=64, metavar="N", help="numbers in the bottleneck (64)")
-    add("--steps", type=steps, default=1500, metavar="N", help="training steps (1500)")
-    add("--learning-rate", type=common.number(float, 1e-12, 1e38), **rate)
+    rate = "the highest of the cycle (0.002)"
+    add("--latent", type=int, metavar="N", default=64, help="numbers in the bottleneck (64)")
+    add("--steps", type=int, metavar="N", default=1500, help="training steps (1500)")
+    add("--learning-rate", type=float, metavar="R", default=2e-3, help=rate)
 
 
 def build_autoencoder(latent: int) -> nn.Sequential:
@@ -71,7 +70,8 @@ def build_autoencoder(latent: int) -> nn.Sequential:
 
 def shrink(pixels: torch.Tensor, device) -> torch.Tensor:
     """(B, 3, S, S) uint8 -> (B, 3, 64, 64) float32 from 0 to 1, channels last."""
-    return common.resize(common.to_float(pixels, device), (SIDE, SIDE))
+    images = pixels.to(device, memory_format=torch.channels_last).float() / 255
+    return common.resize(images, (SIDE, SIDE))
 
 
 def jitter(images: torch.Tensor) -> torch.Tensor:

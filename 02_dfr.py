@@ -29,15 +29,13 @@ from torch import nn
 
 
 def add_options(add):
-    layers, steps = ["layer1", "layer2", "layer3", "layer4"], common.number(int, 2, 10**9)
     # differs from the paper: two stages of a ResNet instead of twelve layers of VGG19, on the
-    # center crop of 224 pixels instead of all of 256.
-    two = {"default": ["layer2", "layer3"], "metavar": "LAYER", "help": "(layer2 layer3)"}
-    # differs from the paper: 1000 steps, and a rate that rises and falls instead of 1e-4.
-    rate = {"default": 3e-3, "metavar": "R", "help": "the highest of the cycle (0.003)"}
-    add("--layers", nargs="+", choices=layers, **two)
-    add("--steps", type=steps, default=1000, metavar="N", help="training steps (1000)")
-    add("--learning-rate", type=common.number(float, 1e-12, 1e38), **rate)
+    # center crop of 224 pixels instead of all of 256; 1000 steps, and a rate that rises and falls
+    # instead of the constant 1e-4.
+    layers, rate = ["layer1", "layer2", "layer3", "layer4"], "the highest of the cycle (0.003)"
+    add("--layers", nargs="+", choices=layers, default=["layer2", "layer3"], metavar="LAYER")
+    add("--steps", type=int, metavar="N", default=1000, help="training steps (1000)")
+    add("--learning-rate", type=float, metavar="R", default=3e-3, help=rate)
 
 
 def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:

@@ -25,7 +25,7 @@ import torch
 def add_options(add):
     # differs from the paper: k = 5 instead of 2.
     how_many = "k: how many nearest normal images the score averages over (5)"
-    add("--neighbors", type=common.number(int, 1, 10**9), default=5, metavar="N", help=how_many)
+    add("--neighbors", type=int, metavar="N", default=5, help=how_many)
 
 
 def describe(backbone, pixels: torch.Tensor, batch_size: int, description: str) -> torch.Tensor:

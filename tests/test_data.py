@@ -172,8 +172,8 @@ def test_masks_without_a_visible_defect_are_named(tmp_path, capsys):
     """Blank, beside the crop, too small for a pixel; none of the three spoils the pixel figures."""
     for name, place, message in [
         ("a", (0, 0), "000_mask.png: is blank"),
-        ("b", (20, 5), "1 of 1 defect regions outside the center crop or too small"),
-        ("c", (513, 1), "1 of 1 defect regions outside the center crop or too small"),
+        ("b", (20, 5), "1 of 1 defect regions are outside the center crop or too small"),
+        ("c", (513, 1), "1 of 1 defect regions are outside the center crop or too small"),
     ]:
         mask = np.zeros((1024, 1024))
         start, side = place

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import common
 
@@ -183,7 +184,7 @@ def test_a_broken_photo_or_picture_does_not_stop_the_others(original_pill, fitte
     for name in ("a", "b", "n" * 245):
         Image.open(original_pill / "test/good/000.jpg").save(photos / f"{name}.jpg")
     (photos / "broken.jpg").write_bytes(b"no image")
-    pictures = tmp_path / "run0/results/knn/predictions/photos"
+    pictures = Path(tmp_path, "run0/results/knn/predictions", *photos.parts[1:])
     (pictures / "a.jpg.png").mkdir(parents=True)  # in the way
     judge = [SCRIPTS["knn"], "--load", fitted, "--predict", "photos", "--batch-size", "2"]
     ((code, err, folder),) = forked(tmp_path, [{"arguments": judge}])
