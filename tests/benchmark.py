@@ -100,12 +100,12 @@ def drawn_pills(count: int, seed=7) -> Path:
     """A drawn dataset of the size of MVTec AD's pill or any other, kept until the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="pill-"))
     atexit.register(shutil.rmtree, folder)
-    draw_practice_pill(folder, seed, train=count, good=26, per_defect=6)
+    draw_practice_pill(folder, seed, train=count, good=27, per_defect=8)
     return folder
 
 
 def pixels_of(paths):
-    return common.load_split(list(paths), 256, (224, 224)).pixels
+    return common.load_split(list(paths), 256, 224).pixels
 
 
 @torch.inference_mode()
@@ -146,8 +146,9 @@ def benchmark_neighbors(options):
             many = features_of(new).flatten(0, 2).to(DEVICE)
             del rows, projected
         start = time.perf_counter()
-        memory, index = common.MemoryBank(bank), faiss_index(bank)
-        print(f"\n{name}: prepared in {time.perf_counter() - start:.2f} s, FAISS's index included")
+        memory = common.MemoryBank(bank)
+        print(f"\n{name}: prepared in {time.perf_counter() - start:.2f} s")
+        index = faiss_index(bank)
         for queries, k in itertools.product((many[:784], many), (1, 9)):
             host = queries.cpu().numpy()
             functions = {"FAISS IndexFlatL2": partial(index.search, host, k)} if index else {}
@@ -161,23 +162,164 @@ def benchmark_neighbors(options):
             title = f"{len(queries)} queries, bank {len(bank)} x {bank.shape[1]}, k = {k}"
             compare(title, functions, options.repeat)
             pairs, measure = [], common.measure
-            common.measure = lambda *a, m=measure, p=pairs: p.append(len(a[2])) or m(*a)
+            common.measure = lambda *a, m=measure, p=pairs: p.append(a[3].numel()) or m(*a)
             memory.nearest(queries, k)
             common.measure = measure
             print(f"  measured directly: {sum(pairs) / len(queries):.1f} rows a query")
 
 
-def benchmark_run(_options):
-    """04 at the size of MVTec AD's pill, 267 normal and 68 test images, by stage."""
-    for extra in (["--weights", "random"], ["--backbone", "efficientnet_lite0"]):
+def resources(*command) -> tuple[float, float, float, str]:
+    """(wall seconds, processor seconds, peak GiB, stdout) of a process of its own; Linux."""
+    start = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    output = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{command}: ended with {os.waitstatus_to_exitcode(status)}")
+    spent = time.perf_counter() - start
+    return spent, used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20, output
+
+
+def benchmark_run(options):
+    """04 as a user runs it, ResNet50 with random weights, 10 %, by the number of normal photos."""
+    print("\n04, ResNet50, --coreset 0.1, and 83 test images")
+    for count in options.photos:
         with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, conftest.SCRIPTS["patchcore"], "--data", drawn_pills(267)]
+            command = [sys.executable, conftest.SCRIPTS["patchcore"], "--weights", "random"]
+            command += ["--data", drawn_pills(count), "--out", out]
+            seconds, processor, peak, _ = resources(*command)
+            print(f"  {count} photos: {seconds:.0f} s ({processor:.0f} s of the processor), "
+                  f"{peak:.1f} GiB at most", flush=True)  # fmt: skip
+
+
+def benchmark_stages(options):
+    """Where 04 spends its time, by a stopwatch around each stage."""
+    stages = {"features": (common, "collect"), "coreset": (common, "greedy_coreset")}
+    stages |= {"threshold": (patchcore, "judge_as_new"), "search": (patchcore, "score")}
+    stages |= {"decode": (common, "load_data"), "metrics": (common, "evaluate")}
+    spent = dict.fromkeys(stages, 0.0)
+
+    def timed(name, function):
+        def wrapper(*arguments, **settings):
             start = time.perf_counter()
-            run = subprocess.run([*command, "--out", out, *extra], capture_output=True, text=True)
-            print(
-                f"\n04 on 267 + 68 images, {' '.join(extra)}: {time.perf_counter() - start:.0f} s"
-            )
-            print(" ", next(line for line in run.stdout.splitlines() if "seconds:" in line))
+            try:
+                return function(*arguments, **settings)
+            finally:
+                spent[name] += time.perf_counter() - start
+
+        return wrapper
+
+    for name, (module, function) in stages.items():
+        setattr(module, function, timed(name, getattr(module, function)))
+    with tempfile.TemporaryDirectory() as out:
+        sys.argv = ["04", "--weights", "random", "--data", str(drawn_pills(267)), "--out", out]
+        patchcore.main()
+    print("\nseconds of 04 by stage:", ", ".join(f"{n} {s:.1f}" for n, s in spent.items()))
+
+
+def benchmark_picks(options):
+    """Greedy against random picks: image AUROC, and how far the worst-covered normal patch is."""
+    backbone = common.load_backbone("efficientnet_lite0").to(DEVICE)
+    for data in (conftest.ROOT / "tests" / "practice_pill", *options.data):
+        train, test = common.load_data(data)
+        layers = ["layer2", "layer3"]
+        outputs = (common.extract(backbone, layers, split.pixels) for split in (train, test))
+        rows, queries = (
+            torch.cat([patchcore.patch_features(o) for o in batch]) for batch in outputs
+        )
+        rows = rows.flatten(0, 2)
+        projected = patchcore.project(rows, 0)
+        for share in (0.1, 0.01, 0.001):
+            size, found = round(share * len(rows)), {"greedy": [], "random": []}
+            for seed in range(5):
+                draw = torch.Generator().manual_seed(seed)
+                picks = {"greedy": common.greedy_coreset(projected, size, seed)}
+                picks["random"] = torch.randperm(len(rows), generator=draw)[:size].to(rows.device)
+                for kind, chosen in picks.items():
+                    bank = common.MemoryBank(rows[chosen])
+                    scores, _ = patchcore.score_patches(queries, bank, min(9, size))
+                    worst = bank.nearest(rows)[0].max().item()
+                    found[kind].append((common.image_auroc(scores, test.labels), worst))
+            means = {kind: torch.tensor(values).mean(0).tolist() for kind, values in found.items()}
+            print(f"{data.name}, {share:.1%}:", *(f"{kind} {a:.3f} ({w:.0f})" for kind, (a, w)
+                  in means.items()), flush=True)  # fmt: skip
+
+
+ANOMALIB = """
+import json, sys
+sys.path[:0] = {paths}
+import common, numpy as np, torch, torchvision
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from anomalib.models import Patchcore
+from anomalib.pre_processing import PreProcessor
+from pathlib import Path
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
+
+root, out = Path({data!r}), {out!r}
+kinds = sorted(p.name for p in (root / "test").iterdir() if p.is_dir() and p.name != "good")
+data = Folder(name="part", root=root, normal_dir="train/good", normal_test_dir="test/good",
+    abnormal_dir=[f"test/{{k}}" for k in kinds], mask_dir=[f"ground_truth/{{k}}" for k in kinds],
+    train_batch_size=16, eval_batch_size=16, num_workers=0, val_split_mode="none")
+backbone = common.load_backbone("efficientnet_lite0")[:5]  # its normalization and its stages
+seen = PreProcessor(Compose([Resize(256), CenterCrop(224)]))
+model = Patchcore(backbone=backbone, layers=["layer2", "layer3"], coreset_sampling_ratio=0.1,
+    num_neighbors=9, pre_processor=seen, post_processor=False, evaluator=False, visualizer=False)
+engine = Engine(default_root_dir=out, accelerator="cpu", logger=False)
+engine.fit(model=model, datamodule=data)
+batches = engine.predict(model=model, datamodule=data, return_predictions=True)
+paths = [Path(p) for b in batches for p in b.image_path]
+scores = torch.cat([b.pred_score.flatten() for b in batches])
+maps = torch.cat([b.anomaly_map.reshape(-1, 224, 224) for b in batches])
+test = common.load_split(paths, 256, 224)
+pixels = common.pixel_metrics(maps, test.regions)
+print("\\n" + json.dumps([common.image_auroc(scores, test.labels), *pixels]))
+"""
+
+
+def benchmark_peers(options):
+    """What a user would pick instead: anomalib's PatchCore, and the authors' coreset sampler."""
+    try:
+        importlib.import_module("anomalib")
+    except ImportError:
+        sys.exit("--only peers: takes anomalib: pip install anomalib")
+    paths = [str(conftest.ROOT), str(conftest.ROOT / "tests")]
+    for data in options.data or [conftest.ROOT / "tests" / "practice_pill"]:
+        print(f"\n{data.name}: image AUROC, pixel AUROC, AU-PRO, wall s, processor s, peak GiB")
+        with tempfile.TemporaryDirectory() as out:
+            code = ANOMALIB.format(paths=paths, data=str(data.resolve()), out=out)
+            *used, output = resources(sys.executable, "-c", code)
+            show_peer("anomalib", json.loads(output.splitlines()[-1]), used)
+            command = [sys.executable, conftest.SCRIPTS["patchcore"], "--data", data, "--out", out]
+            *used, _ = resources(*command, "--backbone", "efficientnet_lite0")
+            metrics = json.loads(Path(out, "patchcore", "metrics.json").read_text())
+            show_peer("04_patchcore.py", [metrics[name] for name in common.FIGURES], used)
+    rows, size = projected_features(drawn_pills(60), 209_328), 20_933
+    seconds(partial(common.greedy_coreset, rows[:9000], 100))
+    print(f"\ncoreset, {size} of {len(rows)} x 128: ours {time_of_ours(rows, size):.1f} s")
+    from anomalib.models.components import KCenterGreedy
+
+    per_pick = seconds(KCenterGreedy(rows, 100 / len(rows)).select_coreset_idxs) / 100
+    print(f"  anomalib {1 / per_pick:.0f} picks a second, so {per_pick * size / 60:.0f} minutes")
+    if options.sampler:
+        sampler = authors_sampler(options, 100 / len(rows))
+        per_pick = seconds(partial(sampler.run, rows)) / 100
+        print(f"  the authors' {1 / per_pick:.0f}, so {per_pick * size / 60:.0f} minutes")
+
+
+def time_of_ours(rows, size):
+    return seconds(partial(common.greedy_coreset, rows, size))
+
+
+def show_peer(name, figures, used):
+    print(f"  {name:16}", *(f"{figure:.3f}" for figure in figures), *(f"{u:.1f}" for u in used))
+
+
+def authors_sampler(options, share):
+    sys.path.insert(0, str(options.sampler))
+    from patchcore.sampler import ApproximateGreedyCoresetSampler
+
+    return ApproximateGreedyCoresetSampler(share, torch.device(DEVICE))
 
 
 def benchmark_memory(_options):
@@ -227,10 +369,7 @@ def benchmark_coreset(options):
         size = len(rows) // 10
         functions = {}
         if options.sampler:
-            sys.path.insert(0, str(options.sampler))
-            from patchcore.sampler import ApproximateGreedyCoresetSampler
-
-            sampler = ApproximateGreedyCoresetSampler(0.1, torch.device(DEVICE))
+            sampler = authors_sampler(options, 0.1)
             functions["the authors' approximate sampler"] = partial(sampler.run, rows)
         else:
             print("the authors' sampler left out: --sampler CHECKOUT/src of patchcore-inspection")
@@ -259,7 +398,8 @@ def benchmark_cost(options):
         part = features[torch.linspace(0, len(features) - 1, rows).long()]
         function = partial(common.greedy_coreset, part, rows // 10)
         coreset.append(statistics.median(seconds(function) for _ in range(options.repeat)))
-    figure, (left, right) = common.pyplot.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
+    figure = common.Figure(figsize=(9, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
     print("\ncost")
     for axis, sizes, spent, power in ((left, banks, search, 1), (right, counts, coreset, 2)):
         axis.loglog(sizes, spent, "o-", color="black", label="measured")
@@ -271,7 +411,7 @@ def benchmark_cost(options):
         print(" ", ", ".join(f"{n}: {s:.3g} s" for n, s in zip(sizes, spent, strict=True)))
     left.set(xlabel="rows of the bank", ylabel="seconds", title="search, 784 queries x 1536")
     right.set(xlabel="N, patch features", title="coreset, 10 % of N x 128")
-    common.save_figure(figure, options.figure)
+    common.save_figure(figure, "", options.figure)
 
 
 def benchmark_threshold(options):
@@ -288,8 +428,7 @@ def benchmark_threshold(options):
                     command += ["--out", folder, "--false-alarm-rate", str(rate)]
                     subprocess.run(command, capture_output=True, check=True)
                     metrics = json.loads((Path(folder) / method / "metrics.json").read_text())
-                    at = metrics["threshold"]
-                    rates.append(at["false_alarms"] / at["normal_images"])
+                    rates.append(metrics["false_alarms"] / metrics["normal_images"])
                     use = ["--load", model]
             print(f"{method}, set {seed}:", *(f"{r[-1]:.3f}" for r in found.values()), flush=True)
         means = ", ".join(f"{statistics.mean(r):.3f} for {rate:g}" for rate, r in found.items())
@@ -298,10 +437,12 @@ def benchmark_threshold(options):
 
 def main():
     parts = {"neighbors": benchmark_neighbors, "memory": benchmark_memory, "run": benchmark_run,
-             "coreset": benchmark_coreset, "cost": benchmark_cost}  # fmt: skip
+             "stages": benchmark_stages, "coreset": benchmark_coreset, "cost": benchmark_cost}  # fmt: skip
+    long = {"peers": benchmark_peers, "picks": benchmark_picks, "threshold": benchmark_threshold}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=[*parts, "threshold"], default=list(parts))
+    parser.add_argument("--only", nargs="+", choices=[*parts, *long], default=list(parts))
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--photos", type=int, nargs="+", default=[50, 267], help="of the run part")
     parser.add_argument(
         "--methods", nargs="+", default=list(conftest.SCRIPTS), choices=conftest.SCRIPTS
     )
@@ -317,7 +458,7 @@ def main():
     )
     print(f"torch {torch.__version__} on {DEVICE}, {name}, float32, median of {options.repeat}")
     for part in options.only:
-        (parts | {"threshold": benchmark_threshold})[part](options)
+        (parts | long)[part](options)
 
 
 if __name__ == "__main__":
