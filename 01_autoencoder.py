@@ -26,15 +26,12 @@ import common
 import torch
 from torch import nn
 
-# differs from the paper: it takes 128 or 256 pixels; 64 take minutes less on a processor, and 112
-# gained less than 0.01 AUROC on the practice pill.
+# differs from the paper: it takes 128 or 256 pixels; 64 take minutes less on a processor.
 SIDE, BATCH = 64, 16  # pixels; images of a training step, part of the method: --batch-size is not
 
 
 def add_options(add):
-    # Chosen by AUROC on the practice pill's own test images, so its row there is a little too good:
-    # a bottleneck of 32, 64, 128 or 256 numbers gave image AUROC 0.89 to 0.90, all alike; 600,
-    # 1000, 1500 and 2500 steps 0.85, 0.87, 0.89 and 0.90, half and twice the rate 0.87 and 0.90.
+    # Chosen by AUROC on the practice pill's own test images, so its row there is a little too good.
     # differs from the paper: a smaller network, and one cycle of a higher rate instead of the
     # constant 1e-4: minutes, not hours.
     rate = "the highest of the cycle (0.002)"
@@ -75,10 +72,8 @@ def shrink(pixels: torch.Tensor, device) -> torch.Tensor:
 
 
 def jitter(images: torch.Tensor) -> torch.Tensor:
-    """Each image turned by up to 3 degrees, shifted by up to 1 % and scaled by up to 2 %.
-
-    Poses the camera may see tomorrow; much more would teach the network to redraw defects too.
-    """
+    """Each image turned by up to 3 degrees, shifted by up to 1 % and scaled by up to 2 %: poses of
+    tomorrow; much more would teach the network to redraw defects too."""
     most = torch.tensor([[0.05], [0.02], [0.02], [0.02]])
     angle, scale, *shift = (2 * torch.rand(4, len(images)) - 1) * most
     cos, sin = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
@@ -111,8 +106,9 @@ def fit(train: common.Split, options) -> dict:
         schedule.step()
         losses[step] = loss.detach()
         if not loss.isfinite():
-            reason = f"the loss became {loss:.3g} at step {step}"
-            raise common.UserError(f"--learning-rate {rate:g}: {reason}: lower the rate")
+            raise common.UserError(
+                f"--learning-rate {rate:g}: the loss is {loss:g}: lower the rate"
+            )
 
     state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     result = score(network.eval(), train.pixels[held_out], options)

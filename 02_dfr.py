@@ -72,9 +72,8 @@ def fit(backbone, train: common.Split, options) -> dict:
     """Trains on the normal images but for those held out for the threshold. Returns the model."""
     start = time.perf_counter()
     trained, held_out = common.hold_out(len(train.paths), options.seed, options.false_alarm_rate)
-    outputs = common.extract(
-        backbone, options.layers, train.pixels[trained], options.batch_size, "fit: features"
-    )
+    given = options.layers, train.pixels[trained], options.batch_size, "fit: features"
+    outputs = common.extract(backbone, *given)
     regions = (regional_features(output).permute(0, 2, 3, 1) for output in outputs)
     regions = common.collect(regions, len(trained), f"the features of {len(trained)} images")
     regions = regions.flatten(0, 2)  # (n * h * w, C)
@@ -104,8 +103,9 @@ def fit(backbone, train: common.Split, options) -> dict:
         schedule.step()
         losses[step] = loss.detach()
         if not loss.isfinite():
-            reason = f"the loss became {loss:.3g} at step {step}"
-            raise common.UserError(f"--learning-rate {rate:g}: {reason}: lower the rate")
+            raise common.UserError(
+                f"--learning-rate {rate:g}: the loss is {loss:g}: lower the rate"
+            )
 
     weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     state = {"d": d, "mean": mean, "deviation": deviation, "weights": weights}

@@ -30,9 +30,7 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.random_projection import GaussianRandomProjection
 
-# To set the threshold, as many normal images are judged as if they were new; each takes as long as
-# a test image.
-JUDGED = 100
+JUDGED = 100  # normal images, to set the threshold; each takes as long as a test image
 
 
 def add_options(add):
@@ -55,6 +53,12 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
     for output in outputs:
         # f_agg (equation 2): the average over the 3 x 3 neighborhood, so that a patch feature sees
         # more than its own cell and small shifts change it little. Zeros pad the border.
+        # differs from the paper: its code keeps the nine neighbors of each channel and averages
+        # neighboring numbers down to 1024 per layer, then both layers to 1024. On a ResNet, whose
+        # layer3 has 1024 channels, that leaves layer3 a quarter of its weight in squared distances.
+        # Such a quarter gives, by EfficientNet-Lite0's features, image AUROC / pixel AUROC / AU-PRO
+        # of 0.958 / 0.837 / 0.920 on the practice pill (here 0.965 / 0.816 / 0.908) and 0.938 /
+        # 0.937 / 0.871 on MVTec's transistors (here 1.000 / 0.946 / 0.903): no verdict.
         output = torch.nn.functional.avg_pool2d(output, 3, 1, padding=1)
         parts.append(common.resize(output, outputs[0].shape[2:]))
     return torch.cat(parts, dim=1).permute(0, 2, 3, 1)  # ResNet50: (B, 28, 28, 512 + 1024)
@@ -63,10 +67,8 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
 def fit(backbone, train: common.Split, options) -> dict:
     """Section 3.2, algorithm 1: the memory bank. Returns the model."""
     start = time.perf_counter()
-    batches = common.extract(
-        backbone, options.layers, train.pixels, options.batch_size, "fit: features"
-    )
-    batches, count = map(patch_features, batches), len(train.paths)
+    count, given = len(train.paths), (options.layers, train.pixels, options.batch_size)
+    batches = map(patch_features, common.extract(backbone, *given, "fit: features"))
     features = common.collect(batches, count, f"the features of {count} images")  # (N, h, w, C)
     rows = features.flatten(0, 2)
     size = max(1, round(options.coreset * len(rows)))
@@ -89,8 +91,9 @@ def fit(backbone, train: common.Split, options) -> dict:
 def project(rows: torch.Tensor, seed: int) -> torch.Tensor:
     """(n, C) to (n, 128), for the coreset's distances alone; the bank keeps the features whole.
 
-    128 random directions keep squared distances, typically to 12 % (the square root of 2 / 128). Of
-    a million pairs the worst may be off by half (Johnson and Lindenstrauss: log n).
+    128 random directions keep squared distances, typically to 12 %: of a million pairs of real
+    features the ratio had a deviation of 0.117, and ran from 0.51 to 1.54. What Johnson and
+    Lindenstrauss's lemma bounds for all pairs at once grows with log(n).
     """
     if rows.shape[1] <= 128:
         return rows
@@ -106,20 +109,17 @@ def judge_as_new(features, projected, cover, judged, options) -> common.Result:
     other row near; normal images would seem far from normal. So other images' patches refill it,
     until none is farther from the bank than the farthest is from the whole coreset: a bank that
     greedy might have picked without the image. No theorem says that a new image scores alike; the
-    README has the false-alarm rates that come out. The smaller the coreset, the more it matters:
-    on the practice pill the 5 % threshold is the same at 10 %, 27.6 instead of 29.1 at 1 %.
+    README has the false-alarm rates that come out. On the practice pill refills change 7 of 60
+    scores and not the threshold at 10 %; at 1 % they bring it from 29.1 to 27.6, at 0.1 % from 44.7
+    to 38.5.
 
     features: (N, h, w, C). projected: (N * h * w, 128). cover: by `greedy_coreset`. judged: (n,).
     """
     (chosen, nearest, distances), rows = cover, features.flatten(0, 2)
     owner = torch.arange(len(rows), device=chosen.device) // features[0, ..., 0].numel()  # image
-    coreset, covered_by = (
-        common.MemoryBank(projected[chosen], options.backend),
-        owner[chosen[nearest]],
-    )
-    refills = []
+    coreset, refills = common.MemoryBank(projected[chosen], options.backend), []
     for image in judged.tolist():
-        loose = ((covered_by == image) & (owner != image)).nonzero()[:, 0]
+        loose = ((owner[chosen[nearest]] == image) & (owner != image)).nonzero()[:, 0]
         bank = coreset.only(owner[chosen] != image)
         refills.append(refill(bank, projected, loose, distances.max()))
     # One memory serves all: the coreset, then the refills, image by image.
@@ -197,10 +197,8 @@ def draw_coreset(projected, chosen, options, model: dict) -> None:
         axis.scatter(*cloud.T, s=1, color="lightgray", linewidths=0, rasterized=True)
         order = np.arange(count)[::-1]  # the first picks on top
         dots = axis.scatter(*picks[order].T, s=7, c=order + 1, **colors)
-        title = f"the first {count:,} picks"
-        if share == 1:
-            title = f"the memory bank: {count:,} of {len(projected):,}"
-        axis.set(xticks=[], yticks=[], title=title)
+        axis.set(xticks=[], yticks=[], title=f"the first {count:,} picks")
+    axis.set_title(f"the memory bank: {len(picks):,} of {len(projected):,}")
     figure.colorbar(dots, figure.add_axes((0.935, 0.1, 0.012, 0.65)), label="order of the picks")
     title = f"patch features (gray) and picks: {common.run_label(options, model)}"
     common.save_figure(figure, title, options.out / "coreset.png")

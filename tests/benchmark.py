@@ -254,15 +254,16 @@ from anomalib.engine import Engine
 from anomalib.models import Patchcore
 from anomalib.pre_processing import PreProcessor
 from pathlib import Path
-from torchvision.transforms.v2 import CenterCrop, Compose, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 root, out = Path({data!r}), {out!r}
 kinds = sorted(p.name for p in (root / "test").iterdir() if p.is_dir() and p.name != "good")
 data = Folder(name="part", root=root, normal_dir="train/good", normal_test_dir="test/good",
     abnormal_dir=[f"test/{{k}}" for k in kinds], mask_dir=[f"ground_truth/{{k}}" for k in kinds],
-    train_batch_size=16, eval_batch_size=16, num_workers=0, val_split_mode="none")
-backbone = common.load_backbone("efficientnet_lite0")[:5]  # its normalization and its stages
-seen = PreProcessor(Compose([Resize(256), CenterCrop(224)]))
+    train_batch_size=16, eval_batch_size=16, num_workers=0, val_split_mode="same_as_test")
+backbone = common.load_backbone("efficientnet_lite0")[1:5]  # without its normalization
+normalize = Normalize([127 / 255] * 3, [128 / 255] * 3)
+seen = PreProcessor(Compose([Resize(256), CenterCrop(224), normalize]))
 model = Patchcore(backbone=backbone, layers=["layer2", "layer3"], coreset_sampling_ratio=0.1,
     num_neighbors=9, pre_processor=seen, post_processor=False, evaluator=False, visualizer=False)
 engine = Engine(default_root_dir=out, accelerator="cpu", logger=False)
@@ -436,8 +437,8 @@ def benchmark_threshold(options):
 
 
 def main():
-    parts = {"neighbors": benchmark_neighbors, "memory": benchmark_memory, "run": benchmark_run,
-             "stages": benchmark_stages, "coreset": benchmark_coreset, "cost": benchmark_cost}  # fmt: skip
+    parts = {"neighbors": benchmark_neighbors, "memory": benchmark_memory, "run": benchmark_run}
+    parts |= {"stages": benchmark_stages, "coreset": benchmark_coreset, "cost": benchmark_cost}
     long = {"peers": benchmark_peers, "picks": benchmark_picks, "threshold": benchmark_threshold}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=[*parts, *long], default=list(parts))

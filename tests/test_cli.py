@@ -130,30 +130,6 @@ def test_each_method_sees_what_the_first_cannot(run_script, tmp_path, method, le
         assert min(found["per_defect"][kind]["pixel_auroc"] for kind in LOCAL) > 0.98
 
 
-def test_images_of_every_mode_are_read(run_script, pill, tmp_path):
-    names = sorted((pill / "train" / "good").iterdir())
-    for name, mode in zip(names, ["L", "RGBA", "P", "1", "LA", "I;16"], strict=False):
-        image = Image.open(name)
-        name.unlink()
-        name = name.with_suffix(".png")
-        if mode == "I;16":
-            image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-        elif mode == "P":
-            image = image.quantize()
-        else:
-            image = image.convert(mode)
-        image.save(name)
-    Image.open(names[6]).convert("CMYK").save(names[6].with_suffix(".tif"))
-    names[6].unlink()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.open(names[7]).save(names[7], exif=exif)
-    code, _, err = run_script("knn", "--data", pill, *SMALL, "--neighbors", "3")
-    assert (code, err.count("\n")) == (0, 4), err  # what is seen, few images, the fit, not kept
-    metrics = json.loads((tmp_path / "results/knn/metrics.json").read_text())
-    assert metrics["settings"]["crop"] == 64
-
-
 # ---------------------------------------------------------------- metrics that cannot be computed
 
 
