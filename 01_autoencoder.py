@@ -106,9 +106,7 @@ def fit(train: common.Split, options) -> dict:
         schedule.step()
         losses[step] = loss.detach()
         if not loss.isfinite():
-            raise common.UserError(
-                f"--learning-rate {rate:g}: the loss is {loss:g}: lower the rate"
-            )
+            raise common.UserError(f"--learning-rate {rate:g}: the loss is {loss:g}: lower it")
 
     state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     result = score(network.eval(), train.pixels[held_out], options)

@@ -44,8 +44,8 @@ def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:
     outputs: per layer (B, C, h, w), finest first. Returns (B, C summed over layers, h, w).
     """
     # differs from the paper: it brings the layers to the image's size and averages over cells of
-    # 4 x 4 pixels, with no padding; here 3 x 3 cells of the finest layer, 24 x 24 pixels of an
-    # image of 224, padded with zeros. That is coarser, and a quarter of the memory.
+    # 4 x 4 pixels, without padding; here 3 x 3 cells of the finest layer, padded with zeros. That
+    # is coarser, and a quarter of the memory.
     aligned = [common.resize(output, outputs[0].shape[2:]) for output in outputs]
     stacked = torch.cat(aligned, dim=1)  # ResNet50: (B, 512 + 1024, 28, 28)
     return nn.functional.avg_pool2d(stacked, 3, 1, padding=1)
@@ -103,9 +103,7 @@ def fit(backbone, train: common.Split, options) -> dict:
         schedule.step()
         losses[step] = loss.detach()
         if not loss.isfinite():
-            raise common.UserError(
-                f"--learning-rate {rate:g}: the loss is {loss:g}: lower the rate"
-            )
+            raise common.UserError(f"--learning-rate {rate:g}: the loss is {loss:g}: lower it")
 
     weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     state = {"d": d, "mean": mean, "deviation": deviation, "weights": weights}

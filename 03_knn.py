@@ -40,8 +40,7 @@ def fit(backbone, train: common.Split, options) -> dict:
     bank = describe(backbone, train.pixels, options.batch_size, "fit: features")  # (N, C)
     k = options.neighbors
     if k >= len(bank):
-        found = f"there are {len(bank)} normal images, and each is judged by the others"
-        raise common.UserError(f"--neighbors {k}: {found}: lower it or add images")
+        raise common.UserError(f"--neighbors {k}: there are {len(bank)} normal images: lower it")
     # Small copies of the images, to show the nearest ones in the figures, also after --load.
     small = (common.resize(p.float(), (112, 112)).round().byte() for p in train.pixels.split(64))
     thumbnails = common.collect(small, len(bank), "thumbnails").permute(0, 2, 3, 1).contiguous()
@@ -51,8 +50,7 @@ def fit(backbone, train: common.Split, options) -> dict:
     # of its own k + 1 neighbors, at distance 0.
     nearest = common.nearest_neighbors(bank, bank, k + 1, options.backend)
     result = average(*(found[:, 1:].cpu() for found in nearest), state)
-    every = torch.arange(len(bank))
-    return common.save_model(options, backbone, state, result, train, every, start)
+    return common.save_model(options, backbone, state, result, train, range(len(bank)), start)
 
 
 def average(distances, indices, state: dict) -> common.Result:

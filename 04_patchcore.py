@@ -34,8 +34,7 @@ JUDGED = 100  # normal images, to set the threshold; each takes as long as a tes
 
 
 def add_options(add):
-    # The paper's: layer2 + layer3, and 10 %, the middle one of its 1 %, 10 % and 25 %. It leaves b
-    # open; 9 is what other implementations take.
+    # The paper's layers, and the middle one of its 1 %, 10 % and 25 %. It leaves b open.
     # differs from the paper: ResNet50 instead of the authors' WideResNet50, for time and memory.
     layers, b = ["layer1", "layer2", "layer3", "layer4"], "b of equation 7; 1: plain maximum (9)"
     share = "of the patch features that the memory bank keeps (0.1)"
@@ -73,8 +72,9 @@ def fit(backbone, train: common.Split, options) -> dict:
     rows = features.flatten(0, 2)
     size = max(1, round(options.coreset * len(rows)))
     if options.neighbors > size:
-        held = f"the memory bank holds {size} patch features"
-        raise common.UserError(f"--neighbors {options.neighbors}: {held}: lower it or add images")
+        raise common.UserError(
+            f"--neighbors {options.neighbors}: the memory bank holds {size} rows"
+        )
     projected = project(rows, options.seed).to(options.device)  # (N * h * w, 128)
     cover = common.greedy_coreset(projected, size, options.seed, options.backend, with_cover=True)
     chosen = cover[0].cpu()

@@ -11,9 +11,8 @@ Chapters 1 to 6 serve in a notebook as they are.
 
 import os
 
-# How long a thread without work stays awake; read when torch is loaded. If that is shorter than the
-# gaps between parallel parts, they are asleep when the next one begins (1000: a fifth slower). If
-# it is much longer, two runs at once keep each other waiting.
+# How long a thread without work stays awake. If that is shorter than the gaps between parallel
+# parts, it sleeps when the next one begins; if much longer, two runs at once wait for each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import argparse
@@ -215,11 +214,10 @@ def load_split(paths: list[Path], resize: int, crop: int, bits=16) -> Split:
 
 
 def read_image(path: Path, bits=16, is_mask=False) -> Image.Image:
-    """Any file Pillow reads, as 8-bit RGB, turned upright by its EXIF orientation.
+    """Any file Pillow reads, as 8-bit RGB, upright by its EXIF orientation; else UserError.
 
     bits: how many of a deeper file's bits are in use, 8 to 16; the upper 8 of those are kept.
-    is_mask: as gray instead, of any depth, the values that a viewer shows. Raises UserError for
-    what is no image, is damaged, or takes more than 16 bits.
+    is_mask: as gray instead, of any depth, the values that a viewer shows.
     """
     try:
         with Image.open(path) as image:
@@ -311,8 +309,8 @@ def load_backbone(name="resnet50", weights="imagenet", seed=0) -> torch.nn.Seque
             network.load_state_dict(load_torch_file("--weights", weights, "a .pth file"))
     except (RuntimeError, TypeError, AttributeError) as error:  # the first misfit is enough
         reason = [*str(error).split("\n\t"), ""][1].strip() or type(error).__name__
-        fits = f"pass the --backbone it belongs to (not {name})"
-        raise UserError(f"--weights {weights}: {reason} {fits}") from None
+        reason += f" pass the --backbone it belongs to (not {name})"
+        raise UserError(f"--weights {weights}: {reason}") from None
     content = hashlib.sha256()
     for tensor in network.state_dict().values():
         content.update(tensor.contiguous().numpy())
@@ -645,15 +643,14 @@ def shorten_distances(rows, columns, new, count: int, distance, nearest) -> None
 
 def farthest_rows(rows, distance, most: int):
     """The next greedy picks, at most `most`, at most STEPS: as many as are certain."""
-    steps = min(STEPS, most)
     least = distance.topk(min(FRONTIER + 1, len(distance))).values[-1]
     far = (distance >= least).nonzero()[:, 0]  # the frontier, the first outside, and its equals
     far = far[distance[far].argsort(descending=True, stable=True)]
     frontier, outside = far[:FRONTIER].sort().values, far[FRONTIER : FRONTIER + 1]
     inside, near = distance[frontier], rows[frontier].double()
-    picks = torch.empty(steps, dtype=torch.int64, device=rows.device)
-    radii = torch.empty(steps, dtype=torch.float64, device=rows.device)
-    for step in range(steps):  # the obvious loop, on a few rows; no wait for the device
+    picks = torch.empty(min(STEPS, most), dtype=torch.int64, device=rows.device)
+    radii = torch.empty_like(picks, dtype=torch.float64)
+    for step in range(len(picks)):  # the obvious loop, on a few rows; no wait for the device
         radii[step], picks[step] = inside.max(0)
         inside = torch.minimum(inside, (near - near[picks[step]]).square_().sum(1))
         inside[picks[step]] = -1.0
@@ -862,8 +859,8 @@ def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
 
 
 def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor, torch.Tensor]:
-    """Splits `count` images: indices (to train on, held out for the threshold), drawn from `seed`.
-    Held out is a fifth, or as many as the rate takes (19 for 0.05) if that is at most a third."""
+    """Indices of images (to train on, held out for the threshold), drawn from `seed`. Held out is a
+    fifth, or as many as the rate takes (19 for 0.05) if that is at most a third."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     needed = math.ceil(round(1 / false_alarm_rate, 6)) - 1
     held = max(1, round(count / 5), needed if needed <= count // 3 else 0)
@@ -1041,8 +1038,7 @@ def save_figure(figure: Figure, title: str, path: Path) -> None:
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """(S, S) bool: the outer border of `mask`, two pixels wide; its holes get none, lest a normal
-    island in a large defect seem marked."""
+    """(S, S) bool: the outer border of `mask`; a normal island in a large defect gets none."""
     filled = ndimage.binary_fill_holes(mask)
     return filled & ~ndimage.binary_erosion(filled, iterations=2)
 
@@ -1088,7 +1084,7 @@ def save_picture(path: Path, title: str, rows, map_range=None) -> None:
     for y, (label, cells) in enumerate(rows):
         upper = top + y * step
         write((left - 8, upper + side / 2), label, font=font(15), anchor="rm", align="right")
-        for x, (_, caption, picture) in enumerate(cells, 0):
+        for x, (_, caption, picture) in enumerate(cells):
             image.paste(Image.fromarray(picture).resize((side, side)), (left + x * step, upper))
             light = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
             write((left + x * step + 5, upper + 3), caption, font=font(14), **light)
@@ -1127,8 +1123,8 @@ def draw_examples(options, model: dict, test: Split, result: Result, firsts: dic
         rows.append((name.replace("_", "\n"), cells))
         shown = pictures_of(model, result, first, test.pixels[first])
         strip.append(Image.fromarray(shown[1 if result.maps is None else -1][2]).resize((224, 224)))
-    title = f"{run_label(options, model)}: highest and lowest score by type"
-    title += f"; defect above {model['threshold']:.3g}"
+    title = f"{run_label(options, model)}: highest and lowest score by type; defect above "
+    title += f"{model['threshold']:.3g}"
     save_picture(options.out / "examples.png", title, rows, model["map_range"])
     with atomic(options.out / ".strip.png") as temporary:
         Image.fromarray(np.hstack(strip)).save(temporary, "PNG")
@@ -1155,8 +1151,8 @@ def draw_methods(options, test: Split, metrics: dict, firsts: dict) -> list[dict
             auroc = "" if run["image_auroc"] is None else f"AUROC {run['image_auroc']:.3f}"
             weights = drawable(run["weights"], "").replace(", ", "\n")
             rows.append(row(f"{run['method']}\n{weights}\n{auroc}", tiles))
-    data = drawable(options.data.resolve().name, "the data")
-    title = f"all methods so far on {data}, first image of each type"
+    title = drawable(options.data.resolve().name, "the data")
+    title = f"all methods so far on {title}, first image of each type"
     save_picture(options.out.parent / "methods.png", title, rows)
     return runs
 
@@ -1173,8 +1169,7 @@ RUN_OPTIONS |= {"predict", "pictures", "method", "demo"}
 
 
 def load_torch_file(option: str, path, expected: str) -> dict:
-    """The dict in a file that torch.save wrote; none of its code is run (weights_only). Raises
-    UserError, which begins with `option`, for a missing, locked, damaged or foreign file."""
+    """The dict in a file by torch.save, none of whose code is run. Raises UserError for others."""
     try:
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
@@ -1247,8 +1242,7 @@ def save_model(options, backbone, state, result: Result, train: Split, judged, s
 
 
 def predict(options, model: dict, judge) -> None:
-    """Judges the images of --predict: CSV on stdout, pictures in --out. Exits with 1 when a file
-    could not be read or a picture not written."""
+    """Judges --predict's images: CSV on stdout, pictures in --out. Exits with 1 if one fails."""
     if sys.stdout is None:
         raise UserError("stdout: is closed, expected to write a CSV to it")
     files, results = [], options.out.parent.resolve()
@@ -1492,8 +1486,7 @@ def check_options(options) -> None:
 
 
 def choose_backbone(options, model: dict | None) -> torch.nn.Sequential:
-    """The backbone of --backbone and --weights on --device; the demonstration can do without a
-    download. Raises UserError when the weights are not those that the model was fitted with."""
+    """The backbone of --backbone and --weights on --device; the demonstration needs no download."""
     try:
         backbone = load_backbone(options.backbone, options.weights, options.seed)
     except UserError:

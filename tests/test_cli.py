@@ -147,16 +147,6 @@ def test_a_test_set_of_one_kind_has_null_metrics(run_script, pill, tmp_path, mis
     assert "defect type" in out
 
 
-def test_without_ground_truth_only_pixel_metrics_are_null(run_script, pill, tmp_path):
-    shutil.rmtree(pill / "ground_truth")
-    code, _, err = run_script("patchcore", "--data", pill, *SMALL, *QUICK["patchcore"])
-    assert code == 0
-    assert "7 defect types have no folder in ground_truth: their pixel metrics are null" in err
-    metrics = json.loads((tmp_path / "results/patchcore/metrics.json").read_text())
-    assert metrics["pixel_auroc"] is metrics["au_pro"] is None
-    assert metrics["image_auroc"] is not None
-
-
 def test_normal_images_alone_are_enough_to_fit(run_script, pill, tmp_path):
     shutil.rmtree(pill / "test")
     arguments = ["--data", pill, *SMALL, "--neighbors", "3", "--false-alarm-rate", "0.2"]
@@ -173,9 +163,9 @@ def test_normal_images_alone_are_enough_to_fit(run_script, pill, tmp_path):
 
 
 def test_ground_truth_of_some_types_only(run_script, pill, tmp_path):
+    arguments = ["--data", pill, *SMALL, *QUICK["patchcore"]]
     for kind in ("crack", "scratch"):
         shutil.rmtree(pill / "ground_truth" / kind)
-    arguments = ["--data", pill, *SMALL, *QUICK["patchcore"]]
     code, _, err = run_script("patchcore", *arguments)
     assert code == 0
     assert "2 defect types have no folder in ground_truth" in err
@@ -185,23 +175,6 @@ def test_ground_truth_of_some_types_only(run_script, pill, tmp_path):
     for figures in (metrics["per_defect"]["color"], metrics):
         assert 0 < figures["pixel_auroc"] < 1
         assert 0 < figures["au_pro"] < 1
-
-
-def test_metrics_equal_those_of_all_pixels_sorted_anew(run_script, pill, tmp_path, monkeypatch):
-    seen = []
-    evaluate = common.evaluate
-    monkeypatch.setattr(common, "evaluate", lambda *a: seen.append(a[2:]) or evaluate(*a))
-    assert run_script("patchcore", "--data", pill, *SMALL, *QUICK["patchcore"])[0] == 0
-    metrics = json.loads((tmp_path / "results/patchcore/metrics.json").read_text())
-    ((test, result),) = seen
-    for kind, figures in [*metrics["per_defect"].items(), ("all", metrics)]:
-        rows = (test.defects == kind) | (test.defects == "good") | (kind == "all")
-        maps, regions = result.maps[rows].numpy(), test.regions[rows].numpy()
-        masks = regions > 0
-        assert figures["pixel_auroc"] == pytest.approx(
-            roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9
-        )
-        assert figures["au_pro"] == pytest.approx(common.au_pro(maps, regions), abs=1e-9)
 
 
 def test_the_whole_photo(run_script, pill, tmp_path):
@@ -274,19 +247,6 @@ def test_a_loaded_model_gives_the_same_bits(method, run_script, pill, tmp_path):
     assert float(score) == pytest.approx(
         float(fitted[str(pill / "test" / "crack" / "000.jpg")]["score"]), rel=1e-5
     )
-
-
-def test_a_broken_photo_is_reported_and_the_others_go_on(run_script, pill, tmp_path):
-    arguments = ["--data", pill, *SMALL, "--neighbors", "3", "--predict", tmp_path / "photos"]
-    shutil.copytree(pill / "test" / "good", tmp_path / "photos" / "deep" / "er")
-    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
-    (tmp_path / "photos" / "notes.txt").write_text("passed over")
-    code, out, err = run_script("knn", *arguments, "--batch-size", "2")
-    assert code == 1
-    assert len(out.splitlines()) == 1 + 3  # the tables go to stderr, so that stdout pipes
-    assert "broken.jpg: cannot be read as an image" in err
-    threshold = json.loads((tmp_path / "results/knn/metrics.json").read_text())["threshold"]
-    assert f"judged 3 images, 0 above the threshold {threshold:.4g}, 1 broken" in err
 
 
 def test_names_in_another_encoding_and_thin_photos(run_script, pill, tmp_path):
@@ -422,40 +382,24 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:3000])
 
 
+def one_image(folder):
+    for path in sorted(folder.iterdir())[1:]:
+        path.unlink()
+
+
+MASK = "ground_truth/crack/000_mask.png"
 BAD_DATA = {
-    "folder missing": (shutil.rmtree, "is no folder, or an empty one"),
-    "folder empty": (empty, "is no folder, or an empty one"),
-    "not in the layout": (lambda p: (p / "train").rename(p / "training"), "'training'"),
-    "no training images": (lambda p: empty(p / "train/good"), "train/good: holds 0 images"),
-    "one training image": (
-        lambda p: [f.unlink() for f in sorted((p / "train/good").iterdir())[1:]],
-        "holds 1 images, expected at least 2",
-    ),
-    "truncated image": (
-        lambda p: truncated(p / "test/color/000.jpg"),
-        "test/color/000.jpg: cannot",
-    ),
-    "no image at all": (
-        lambda p: (p / "train/good/003.jpg").write_text("x"),
-        "good/003.jpg: cannot",
-    ),
-    "empty file": (lambda p: (p / "train/good/003.jpg").write_bytes(b""), "good/003.jpg: cannot"),
-    "mask missing": (
-        lambda p: (p / "ground_truth/crack/000_mask.png").unlink(),
-        "test/crack/000.jpg: has no mask: expected",
-    ),
-    "mask of another size": (
-        lambda p: resized(p / "ground_truth/crack/000_mask.png", (64, 80)),
-        "crack/000_mask.png: is 64 x 80, but its image",
-    ),
-    "truncated mask": (
-        lambda p: (p / "ground_truth/crack/000_mask.png").write_bytes(b"\x89PNG"),
-        "000_mask.png: cannot be read",
-    ),
-    "image smaller than the crop": (
-        lambda p: resized(p / "train/good/002.jpg", (90, 60)),
-        "train/good/002.jpg: is 90 x 60, the network sees 64 x 64: take larger photos",
-    ),
+    "no folder": (shutil.rmtree, "is no folder, or an empty one"),
+    "empty folder": (empty, "is no folder, or an empty one"),
+    "other layout": (lambda p: (p / "train").rename(p / "training"), "'training'"),
+    "no images": (lambda p: empty(p / "train/good"), "train/good: holds 0 images"),
+    "one image": (lambda p: one_image(p / "train/good"), "holds 1 images, expected at least 2"),
+    "truncated": (lambda p: truncated(p / "test/color/000.jpg"), "test/color/000.jpg: cannot"),
+    "text": (lambda p: (p / "train/good/003.jpg").write_text("x"), "good/003.jpg: cannot"),
+    "no mask": (lambda p: (p / MASK).unlink(), "test/crack/000.jpg: has no mask: expected"),
+    "other size": (lambda p: resized(p / MASK, (64, 80)), "mask.png: is 64 x 80, but its image"),
+    "truncated mask": (lambda p: (p / MASK).write_bytes(b"\x89PNG"), "mask.png: cannot be read"),
+    "small": (lambda p: resized(p / "train/good/002.jpg", (90, 60)), "002.jpg: is 90 x 60, the"),
 }
 
 
@@ -471,8 +415,6 @@ def test_bad_data_is_named_in_one_line(run_script, pill, tmp_path, case):
 
 BAD_OPTIONS = {
     "coreset zero": ("patchcore", ["--coreset", "0"], "--coreset 0.0: expected 1e-09 to 1"),
-    "coreset above one": ("patchcore", ["--coreset", "1.5"], "--coreset 1.5: expected 1e-09 to 1"),
-    "coreset no number": ("patchcore", ["--coreset", "many"], "invalid float value: 'many'"),
     "coreset nan": ("patchcore", ["--coreset", "nan"], "--coreset nan: expected"),
     "no neighbors": ("patchcore", ["--neighbors", "0"], "--neighbors 0: expected 1 to"),
     "neighbors above the bank": ("patchcore", ["--neighbors", "9999"], "the memory bank holds 51"),
@@ -480,19 +422,11 @@ BAD_OPTIONS = {
     "unknown layer": ("patchcore", ["--layers", "layer9"], "invalid choice: 'layer9'"),
     "no layer": ("dfr", ["--layers"], "--layers: expected at least one argument"),
     "unknown option": ("knn", ["--nieghbors", "3"], "unrecognized arguments: --nieghbors"),
-    "unknown backbone": ("knn", ["--backbone", "vgg16"], "invalid choice: 'vgg16'"),
-    "unknown device": ("knn", ["--device", "tpu"], "invalid choice: 'tpu'"),
     "neighbors above what cupy keeps": ("knn", ["--neighbors", "40", "--backend", "cupy"], "cupy"),
     "cupy without a GPU": ("knn", ["--device", "cpu", "--backend", "cupy"], "cupy: needs CuPy"),
     "crop above resize": ("knn", ["--crop", "128"], "--crop 128: expected at most --resize 64"),
-    "tiny resize": ("knn", ["--resize", "8"], "--resize 8: expected 32 to 4096"),
     "huge resize": ("knn", ["--resize", "99999"], "99999: expected 32 to 4096"),
-    "no batch": ("knn", ["--batch-size", "0"], "--batch-size 0: expected 1 to"),
-    "negative seed": ("knn", ["--seed", "-1"], "--seed -1: expected 0 to"),
     "bits": ("knn", ["--bits", "17"], "--bits 17: expected 8 to 16"),
-    "seed no number": ("knn", ["--seed", "x"], "invalid int value: 'x'"),
-    "rate zero": ("knn", ["--false-alarm-rate", "0"], "--false-alarm-rate 0.0: expected"),
-    "rate above half": ("knn", ["--false-alarm-rate", "0.9"], "0.9: expected 1e-06 to 0.5"),
     "weights missing": ("knn", ["--weights", "none.pth"], "or directory: expected a .pth"),
     "weights damaged": ("knn", ["--weights", __file__], "damaged or foreign file"),
     "out is a file": ("knn", ["--out", "file.txt"], "file.txt/knn/metrics.json: cannot be written"),
@@ -502,15 +436,11 @@ BAD_OPTIONS = {
     "predict missing": ("knn", ["--predict", "none"], "--predict none: no such file or folder"),
     "predict without a model": ("knn", ["--predict", "folder"], "by which normal images?"),
     "predict empty": ("knn", ["--predict", "folder"], "--predict folder: holds no image"),
-    "no steps": ("autoencoder", ["--steps", "0"], "--steps 0: expected 2 to"),
-    "huge latent": ("autoencoder", ["--latent", "99999"], "99999: expected 1 to 4096"),
-    "predict a text": ("knn", ["--predict", "file.txt", "--load", "file.txt"], "foreign file"),
     "load a folder": ("knn", ["--load", "folder"], "folder: Is a directory: expected a file"),
     "data is a file": ("knn", ["--data", "file.txt"], "file.txt: expected train/good"),
-    "no latent": ("autoencoder", ["--latent", "0"], "--latent 0: expected 1 to"),
-    "rate that explodes": ("dfr", ["--steps", "40", "--learning-rate", "1e30"], "lower the rate"),
+    "rate that explodes": ("dfr", ["--steps", "40", "--learning-rate", "1e30"], "lower it"),
     "loss that is not finite": (
-        "autoencoder", ["--steps", "40", "--learning-rate", "1e38"], "lower the rate"
+        "autoencoder", ["--steps", "40", "--learning-rate", "1e38"], "lower it"
     ),
 }  # fmt: skip
 

