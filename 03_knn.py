@@ -24,8 +24,7 @@ import torch
 
 def add_options(add):
     # differs from the paper: k = 5 instead of 2.
-    how_many = "k: how many nearest normal images the score averages over (5)"
-    add("--neighbors", type=int, metavar="N", default=5, help=how_many)
+    add("--neighbors", type=int, metavar="N", default=5, help="k, the nearest normal images (5)")
 
 
 def describe(backbone, pixels: torch.Tensor, batch_size: int, description: str) -> torch.Tensor:
@@ -59,8 +58,7 @@ def average(distances, indices, state: dict) -> common.Result:
     for title, distance, index in zip(titles, distances.T, indices.T, strict=False):
         captions = [f"{d:.3g}\n{state['names'][i]}" for d, i in zip(distance, index, strict=True)]
         pictures.append((title, captions, state["thumbnails"][index].numpy()))
-    # differs from the paper: it averages squared distances; unsquared, one far neighbor of the k
-    # weighs less, and the score is in the units of the features.
+    # differs from the paper: it averages squared distances, so that one far neighbor weighs more.
     return common.Result(distances.mean(dim=1), None, pictures)
 
 

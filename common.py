@@ -396,8 +396,7 @@ def resize(images: torch.Tensor, size) -> torch.Tensor:
 
 # ------------------------------------------------------------------ 3. nearest neighbors
 # Vectors go in; the exact distances to the nearest rows of a memory bank come out. A product of few
-# columns rules out nearly all rows, and what is left is measured. Read the bound in `MemoryBank`,
-# then `search`.
+# columns rules out nearly all rows; the rest is measured. Read `MemoryBank`, then `search`.
 
 AXES = 128  # m: 64 and 256 were within a third of its speed on real features
 GROUP, ROWS, PAIRS = 32, 4096, 2**21  # rows ruled out at once, prepared at once; measured pairs
@@ -452,9 +451,10 @@ class MemoryBank:
             # Keep the axes only if the products saved outweigh the rows left, at 20 products each.
             if 20 * left > 1 - axes / rows.shape[1]:
                 self.axes = None
-        short, norms = zip(*map(self.shorten, rows.split(ROWS)), strict=True)
-        self.short = None if self.axes is None else torch.cat(short)
-        self.offsets = torch.cat(norms) / -2
+        found = map(self.shorten, rows.split(ROWS))
+        kept = [(f if self.axes is not None else None, norms) for f, norms in found]
+        self.short = None if self.axes is None else torch.cat([f for f, _ in kept])
+        self.offsets = torch.cat([norms for _, norms in kept]) / -2
 
     def shorten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """f(x), (n, m + 1), and |x|^2, (n,), less the margin; x is counted from the center."""
@@ -1123,8 +1123,8 @@ def draw_examples(options, model: dict, test: Split, result: Result, firsts: dic
         rows.append((name.replace("_", "\n"), cells))
         shown = pictures_of(model, result, first, test.pixels[first])
         strip.append(Image.fromarray(shown[1 if result.maps is None else -1][2]).resize((224, 224)))
-    title = f"{run_label(options, model)}: highest and lowest score by type; defect above "
-    title += f"{model['threshold']:.3g}"
+    title = f"highest and lowest score by type; defect above {model['threshold']:.3g}\n"
+    title += run_label(options, model)
     save_picture(options.out / "examples.png", title, rows, model["map_range"])
     with atomic(options.out / ".strip.png") as temporary:
         Image.fromarray(np.hstack(strip)).save(temporary, "PNG")

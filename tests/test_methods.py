@@ -19,9 +19,6 @@ def pixels(generator):
     return torch.randint(256, (8, 3, 64, 64), generator=generator).byte()
 
 
-# ---------------------------------------------------------------- autoencoder
-
-
 def test_autoencoder_score_is_the_mean_squared_error(scripts, pixels):
     module, run = scripts["autoencoder"], options("autoencoder")
     network = module.build_autoencoder(8).eval()
@@ -44,17 +41,20 @@ def test_jitter_moves_little_and_keeps_a_flat_image(scripts):
     assert len(rows.unique()) > 1
 
 
-# ---------------------------------------------------------------- DFR
-
-
-def test_regional_features_by_hand(scripts):
+@pytest.mark.parametrize("method", ["dfr", "patchcore"])
+def test_features_of_neighborhoods_by_hand(scripts, method):
     fine, coarse = torch.rand(1, 2, 4, 4), torch.full((1, 3, 2, 2), 7.0)
-    features = scripts["dfr"].regional_features([fine, coarse])
-    assert features.shape == (1, 5, 4, 4)
-    torch.testing.assert_close(features[0, :2, 1, 2], fine[0, :, 0:3, 1:4].mean((1, 2)))
-    # Zeros pad the border: a corner has four cells, whose sum is divided by nine.
-    torch.testing.assert_close(features[0, :2, 0, 0], fine[0, :, :2, :2].sum((1, 2)) / 9)
-    torch.testing.assert_close(features[0, 2:, 1:3, 1:3], torch.full((3, 2, 2), 7.0))
+    if method == "dfr":
+        features = scripts["dfr"].regional_features([fine, coarse]).permute(0, 2, 3, 1)
+    else:
+        features = scripts["patchcore"].patch_features([fine, coarse])
+    assert features.shape == (1, 4, 4, 5)
+    torch.testing.assert_close(features[0, 1, 2, :2], fine[0, :, 0:3, 1:4].mean((1, 2)))
+    # Zeros pad the border: a corner has four cells, whose sum is divided by nine. DFR averages on
+    # the common grid, PatchCore before.
+    torch.testing.assert_close(features[0, 0, 0, :2], fine[0, :, :2, :2].sum((1, 2)) / 9)
+    inner = 7.0 if method == "dfr" else 7.0 * 4 / 9
+    torch.testing.assert_close(features[0, 1:3, 1:3, 2:], torch.full((2, 2, 3), inner))
 
 
 def test_latent_size_equals_scikit_learn(scripts, generator):
@@ -75,9 +75,6 @@ def test_dfr_map_is_the_squared_error_of_standardized_features(scripts, monkeypa
     torch.testing.assert_close(maps, torch.full((2, 64, 64), 4.0))
 
 
-# ---------------------------------------------------------------- k-NN
-
-
 def test_knn_scores_equal_scikit_learn(scripts, pixels, tmp_path):
     module, run = scripts["knn"], options("knn", ["--batch-size", 4], out=tmp_path)
     resnet = common.load_backbone("resnet18", "random")
@@ -92,19 +89,6 @@ def test_knn_scores_equal_scikit_learn(scripts, pixels, tmp_path):
     # Leave one out: scikit-learn does so when it is asked about its own rows.
     left_out = reference.kneighbors()[0].mean(1)
     np.testing.assert_allclose(model["normal_scores"].numpy(), left_out, rtol=1e-5)
-
-
-# ---------------------------------------------------------------- PatchCore
-
-
-def test_patch_features_by_hand(scripts):
-    fine, coarse = torch.rand(1, 2, 4, 4), torch.full((1, 3, 2, 2), 7.0)
-    features = scripts["patchcore"].patch_features([fine, coarse])
-    assert features.shape == (1, 4, 4, 5)
-    torch.testing.assert_close(features[0, 1, 2, :2], fine[0, :, 0:3, 1:4].mean((1, 2)))
-    # Zeros pad the border: a corner has four cells, whose sum is divided by nine.
-    torch.testing.assert_close(features[0, 0, 0, :2], fine[0, :, :2, :2].sum((1, 2)) / 9)
-    torch.testing.assert_close(features[..., 2:], torch.full((1, 4, 4, 3), 7.0 * 4 / 9))
 
 
 def score_patches(scripts, features, bank, b):

@@ -34,8 +34,14 @@ def test_equals_scikit_learn(generator, queries, rows, columns, k):
     check(torch.randn(queries, columns, generator=generator), bank, k)
 
 
-def test_k_up_to_the_size_of_the_bank(generator):
+def test_odd_inputs(generator):
+    """All rows asked for; no queries; strides; more queries than meet the rows at once, 832."""
+    rows = torch.randn(16, 2, 700, generator=generator)
     check(torch.randn(7, 8, generator=generator), torch.randn(60, 8, generator=generator), 60)
+    distances, indices = common.nearest_neighbors(torch.empty(0, 5), torch.ones(9, 5), 2)
+    assert distances.shape == indices.shape == (0, 2)
+    check(rows[:, 1, :30].T, rows[:, 0].T, 4)
+    check(*(torch.randn(n, 5, generator=generator) for n in (1000, 20_001)), 3)
 
 
 def test_far_from_the_origin(generator):
@@ -76,19 +82,6 @@ def test_equal_distances_go_to_the_lowest_index():
     assert common.nearest_neighbors(few[:1], few, 6)[1].tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
-def test_no_queries():
-    distances, indices = common.nearest_neighbors(torch.empty(0, 5), torch.ones(9, 5), 2)
-    assert distances.shape == indices.shape == (0, 2)
-
-
-def test_strides_do_not_matter(generator):
-    queries, bank = (
-        torch.randn(16, 2, 30, generator=generator),
-        torch.randn(16, 700, generator=generator),
-    )
-    check(queries[:, 1].T, bank.T, 4)
-
-
 def structured(rows, generator, columns=640):
     """(rows, columns) of which a few directions hold nearly all, like features of images."""
     basis = torch.randn(30, columns, generator=torch.Generator().manual_seed(1))
@@ -119,11 +112,6 @@ def test_what_the_columns_leave_out_counts(generator):
     assert bank.axes is not None
     _, indices = bank.nearest(rows[2500:2600], 2)
     assert indices.tolist() == [[2500 + i, i] for i in range(100)]
-
-
-def test_more_queries_than_meet_the_rows_at_once(generator):
-    rows, queries = (torch.randn(n, 5, generator=generator) for n in (20_001, 1000))
-    check(queries, rows, 3)  # 832 and 168
 
 
 def test_few_columns_do_not_serve_isotropic_rows(generator):
@@ -195,8 +183,8 @@ def test_rows_far_from_the_origin_are_ruled_out_like_others(generator, monkeypat
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_is_bounded():
-    """All distances at once would be 960 MB; the search may take a tenth of that."""
-    searches = (2000, 120_000, 64, 3, "randn"), (48, 163_840, 8, 1, "ones")
+    """All distances at once would be 240 MB, a copy of the bank 123."""
+    searches = (500, 120_000, 256, 3, "randn"), (48, 163_840, 8, 1, "ones")
     usual, alike = search_memory(*searches)
     assert 5_000 < usual < 96_000  # at least one block of keys, or nothing was measured
     assert alike < 300_000  # where all rows are alike, all are measured: 0.6 GB of pairs

@@ -155,27 +155,22 @@ def test_a_closed_pipe_is_no_error(original_pill, fitted, tmp_path):
     assert process.wait(60) == 141
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, interrupted):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "folder" / "file"
-    with common.atomic(path) as temporary:
-        temporary.write_text("former")
-    try:
-        with common.atomic(path) as temporary:
-            temporary.write_text("half")
-            if interrupted:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        pass
-    assert path.read_text() == ("former" if interrupted else "half")
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_two_runs_may_write_the_same_file(tmp_path):
-    with common.atomic(tmp_path / "a") as first, common.atomic(tmp_path / "a") as second:
+    with common.atomic(path) as first, common.atomic(path) as second:  # of two runs
         first.write_text("first")
         second.write_text("second")
-    assert (tmp_path / "a").read_text() == "first"  # the one that ended last
+    assert path.read_text() == "first"  # the one that ended last
+
+    def write_half():
+        with common.atomic(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_broken_photo_or_picture_does_not_stop_the_others(original_pill, fitted, tmp_path):
