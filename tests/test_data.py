@@ -83,7 +83,7 @@ def test_odd_metadata_does_not_veto_pixels(tmp_path, gradient):
     exif = Image.Exif()
     exif[0x0112] = 6
     content = exif.tobytes()
-    entries = [(0x0112, 3, 1, 6), (0x011A, 5, 1, 38)]  # the second one points at -1/0
+    entries = [(0x0112, 3, 1, 6), (0x011A, 10, 1, 38)]  # the second one points at -1/0
     tiff = b"II*\0" + (8).to_bytes(4, "little") + (2).to_bytes(2, "little")
     for tag, kind, count, value in entries:
         tiff += b"".join(n.to_bytes(size, "little") for n, size in
