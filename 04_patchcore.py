@@ -124,7 +124,7 @@ def judge_as_new(features, projected, cover, judged, options) -> common.Result:
     # One memory serves all: the coreset, then the refills, image by image.
     kept = torch.cat([chosen, *refills])
     memory = common.MemoryBank(rows[kept.cpu()].to(options.device), options.backend)
-    serves = judged.to(kept).repeat_interleave(kept.new_tensor([len(new) for new in refills]))
+    serves = judged.to(kept).repeat_interleave(kept.new_tensor([len(added) for added in refills]))
     found = []
     for image in common.progress(judged.tolist(), "fit: judge images as if new"):
         keep = torch.cat([owner[chosen] != image, serves == image])
