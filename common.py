@@ -116,7 +116,7 @@ class Split(NamedTuple):
     paths: list[Path]
     defects: np.ndarray  # (N,) "good" or the defect type
     pixels: torch.Tensor  # (N, 3, S, S) uint8
-    regions: torch.Tensor  # (N, S, S) int32: 0, or the number of a defect region, never used again
+    regions: torch.Tensor  # (N, S, S) int32: 0, or a defect region's number, its own in all images
     has_mask: np.ndarray  # (N,) bool: False for a defect whose pixels are not known
     labels = property(lambda split: split.defects != "good")  # (N,) bool: True for a defect
     masks = property(lambda split: split.regions > 0)  # (N, S, S) bool: True on a defect
