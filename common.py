@@ -1095,7 +1095,7 @@ def save_picture(path: Path, title: str, rows, map_range=None) -> None:
         image.paste(Image.fromarray(colors), (right + 4, top))
         low, threshold, high = (f"{value:.3g}" for value in map_range)
         texts = f"{low}\nor less", f"{threshold}, the\nmap's own\nthreshold", f"{high}\nor more"
-        for text, share in zip(texts, (0.97, 0.5, 0.03), strict=True):
+        for text, share in zip(texts, (0.92, 0.5, 0.08), strict=True):
             write((right + 26, top + share * height), text, font=font(13), anchor="lm")
     with atomic(path) as temporary:
         image.save(temporary, "PNG", compress_level=1)  # the default takes four times as long

@@ -245,6 +245,74 @@ def benchmark_picks(options):
                   in means.items()), flush=True)  # fmt: skip
 
 
+def authors_pooling(outputs):
+    """The authors' features: the nine neighbors of each channel, averaged in order to 1024."""
+    size, parts = outputs[0].shape[2:], []
+    for output in outputs:
+        near = torch.nn.functional.unfold(output, 3, padding=1).unflatten(2, output.shape[2:])
+        near = common.resize(near, size).permute(0, 2, 3, 1)  # (B, h, w, C * 9)
+        parts.append(torch.nn.functional.adaptive_avg_pool1d(near.flatten(1, 2), 1024))
+    both = torch.nn.functional.adaptive_avg_pool1d(torch.cat(parts, 2), 1024)
+    return both.unflatten(1, size)
+
+
+def benchmark_remarks(options):
+    """The figures in the remarks of 04_patchcore.py and common.py, by EfficientNet-Lite0."""
+    backbone, ours = common.load_backbone("efficientnet_lite0").to(DEVICE), patchcore.patch_features
+    fill = patchcore.refill
+    patchcore.draw_coreset = lambda *_: None
+
+    def run(train, test, **changes):
+        given = ["--resize", 256, "--crop", 224, "--coreset", 0.1, "--neighbors", 9]
+        with tempfile.TemporaryDirectory() as out:
+            settings = conftest.options("patchcore", given, out=Path(out), device=DEVICE, **changes)
+            model = patchcore.fit(backbone, train, settings)
+            result = patchcore.judge_by(backbone, model, settings)(test.pixels)
+        figures = common.pixel_metrics(result.maps[test.has_mask], test.regions[test.has_mask])
+        figures = common.image_auroc(result.scores, test.labels), *figures
+        return " / ".join(f"{figure:.3f}" for figure in figures), model, result.scores
+
+    for data in (conftest.ROOT / "tests" / "practice_pill", *options.data):
+        train, test = common.load_data(data)
+        figures, _, scores = run(train, test)
+        print(f"\n{data.name}: {figures}")
+        patchcore.patch_features = lambda outputs: ours([outputs[0], outputs[1] / 2])
+        print("  layer3 with a quarter of its weight:", run(train, test)[0])
+        patchcore.patch_features = authors_pooling
+        print("  the authors' pooling:", run(train, test)[0])
+        patchcore.patch_features = ours
+        weight = scores / run(train, test, neighbors=1)[2]
+        print(f"  equation 7's weight: {weight.min():.3f} to {weight.max():.3f}")
+        for share in (0.1, 0.01, 0.001):
+            refilled = run(train, test, coreset=share)[1]
+            patchcore.refill = lambda bank, projected, loose, radius: loose[:0]
+            bare, patchcore.refill = run(train, test, coreset=share)[1], fill
+            changed = int((refilled["normal_scores"] != bare["normal_scores"]).sum())
+            print(f"  coreset {share:.1%}: refills change {changed} scores, and the threshold from "
+                  f"{bare['threshold']:.1f} to {refilled['threshold']:.1f}")  # fmt: skip
+    rows = wide_features(pixels_of(sorted(drawn_pills(60).glob("train/good/*")))).flatten(0, 2)
+    draw, projected = torch.Generator().manual_seed(0), patchcore.project(rows, 0)
+    a, b = (torch.randint(len(rows), (1_000_000,), generator=draw).split(50_000) for _ in range(2))
+    ratios = torch.cat(
+        [
+            (projected[i] - projected[j]).square().sum(1) / (rows[i] - rows[j]).square().sum(1)
+            for i, j in zip(a, b, strict=True)
+        ]
+    )
+    ratios = ratios[ratios.isfinite()]
+    print(f"\nprojection: {ratios.min():.2f} to {ratios.max():.2f}, deviation {ratios.std():.3f}")
+    own = common.extract(backbone, ["layer2", "layer3"], train.pixels)
+    for features in (rows, torch.cat([ours(outputs) for outputs in own]).flatten(0, 2).cpu()):
+        bank, queries = common.MemoryBank(features[::10], axes=0), features[5::97][:300]
+        short, _ = bank.shorten(queries)
+        q, b = short.double(), bank.shorten(bank.rows)[0].double()
+        found = torch.addmm(bank.offsets, short, b.float().T).double() - bank.offsets.double()
+        unit = q.square().sum(1)[:, None] + b.square().sum(1)
+        unit *= torch.finfo(torch.float32).eps * features.shape[1] ** 0.5
+        worst = (2 * (found - q @ b.T).abs() / unit).max()
+        print(f"largest error of a bound, {features.shape[1]} columns: {worst:.2f} units")
+
+
 ANOMALIB = """
 import json, sys
 sys.path[:0] = {paths}
@@ -440,6 +508,7 @@ def main():
     parts = {"neighbors": benchmark_neighbors, "memory": benchmark_memory, "run": benchmark_run}
     parts |= {"stages": benchmark_stages, "coreset": benchmark_coreset, "cost": benchmark_cost}
     long = {"peers": benchmark_peers, "picks": benchmark_picks, "threshold": benchmark_threshold}
+    long["remarks"] = benchmark_remarks
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=[*parts, *long], default=list(parts))
     parser.add_argument("--repeat", type=int, default=5)
