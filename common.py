@@ -132,8 +132,7 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     """
     train = image_files(Path(root, "train", "good")) if with_train else []
     if with_train and len(train) < 2:
-        found = f"{root}/train/good: holds {len(train)} images"
-        raise UserError(f"{found}, expected at least 2: put normal ones there")
+        raise UserError(f"{root}/train/good: holds {len(train)} images, expected at least 2")
     test = image_files(Path(root, "test"), depth=1) if root else []
     test.sort(key=lambda path: path.parent.name != "good")
     train, test = (load_split(paths, resize, crop, bits) for paths in (train, test))
@@ -148,8 +147,7 @@ def image_files(folder: Path, depth: float = 0, leave_out=None) -> list[Path]:
     """The image files of a folder, sorted; a line on stderr counts what is passed over. They lie
     `depth` folders down; infinite: any number. Hidden names and the folder `leave_out` are not
     looked at. Links are followed, but no folder is looked at twice."""
-    found, passed, entered = [], Counter(), {leave_out}
-    unread = []  # errors; a folder that is not there is empty
+    found, passed, entered, unread = [], Counter(), {leave_out}, []
     for base, folders, names in os.walk(folder, followlinks=True, onerror=unread.append):
         below = len(Path(base).relative_to(folder).parts)
         for name in sorted(folders):
@@ -952,7 +950,6 @@ def evaluate(options, model: dict, test: Split, result: Result) -> dict:
         **figures(*kinds),
         "per_defect": {kind: figures("good", kind) for kind in kinds if kind != "good"},
         "threshold": model["threshold"],
-        "map_range": model["map_range"],
         "false_alarm_rate": options.false_alarm_rate,
         "false_alarms": int(reported[~labels].sum()),
         "normal_images": int((~labels).sum()),
@@ -1373,6 +1370,10 @@ def run(main) -> None:
         code = 141
     except OSError as error:
         code, message = 2, f"error: {error.filename or 'stdout'}: {error.strerror or error}"
+    except KeyError as error:
+        if "--load" not in sys.argv:
+            raise
+        code, message = 2, f"error: --load: the saved model lacks {error}: fit again"
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
@@ -1390,7 +1391,6 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, **form)
     backbones = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
     bits = "of a pixel of a file with more than 8, how many are in use (16)"
-    rate = "share of normal images that the threshold may report (0.05)"
     add = parser.add_argument_group("about this run").add_argument
     add("--data", type=Path, metavar="DIR", help="MVTec layout (default: the practice pill)")
     add("--out", type=Path, metavar="DIR", default=Path("results"), help="default: results")
@@ -1398,7 +1398,7 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     add("--load", type=Path, metavar="FILE", help="use a saved model instead of fitting")
     add("--predict", type=Path, nargs="+", metavar="PATH", help="photos to judge: CSV to stdout")
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
-    add("--false-alarm-rate", type=float, metavar="R", default=0.05, help=rate)
+    add("--false-alarm-rate", type=float, metavar="R", default=0.05, help="of normal images (0.05)")
     add("--batch-size", type=int, metavar="N", default=16, help="of 224 x 224 pixels each (16)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--backend", choices=["auto", "torch", "cupy"], default="auto", help="search and coreset")
