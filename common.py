@@ -1347,7 +1347,8 @@ def atomic(path: Path):
 
 RANGES = {"resize": (32, 4096), "crop": (0, 4096), "bits": (8, 16), "seed": (0, 2**32 - 1)}
 RANGES |= {"batch_size": (1, 4096), "false_alarm_rate": (1e-6, 0.5), "neighbors": (1, 1e9)}
-RANGES |= {"coreset": (1e-9, 1), "latent": (1, 4096), "steps": (2, 1e9), "learning_rate": (0, 1e38)}
+RANGES |= {"coreset": (1e-9, 1), "latent": (1, 4096), "steps": (2, 1e9)}
+RANGES |= {"learning_rate": (1e-12, 1e38)}
 EXIT_CODES = """exit codes: 0 done; 1 some photos could not be read or their pictures not written;
 2 an error, named in one line on stderr; 130 Ctrl-C; 141 closed pipe"""
 
@@ -1390,7 +1391,6 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_CODES}
     parser = argparse.ArgumentParser(description=description, **form)
     backbones = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
-    bits = "of a pixel of a file with more than 8, how many are in use (16)"
     add = parser.add_argument_group("about this run").add_argument
     add("--data", type=Path, metavar="DIR", help="MVTec layout (default: the practice pill)")
     add("--out", type=Path, metavar="DIR", default=Path("results"), help="default: results")
@@ -1412,7 +1412,7 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     add("--backbone", help="any torchvision ResNet (resnet50) or efficientnet_lite0", **networks)
     add("--resize", type=int, metavar="N", default=256, help="shorter side in pixels (256)")
     add("--crop", type=int, metavar="N", default=224, help="center (224); 0: all, squeezed")
-    add("--bits", type=int, metavar="N", default=16, help=bits)
+    add("--bits", type=int, metavar="N", default=16, help="in use of a deeper file's pixel (16)")
     add("--seed", type=int, metavar="N", default=0)
     add_options(add)
     return parser
