@@ -507,24 +507,27 @@ def search(bank: MemoryBank, queries: torch.Tensor, k: int):
         top, group = topk_cupy(nearness, k) if cupy else best.topk(k)  # (P, k)
         query = torch.arange(len(block), device=block.device)[:, None]
         row = group * width + groups[query, group].argmax(2)  # the best one of the k best groups
-        # The k nearest have this nearness or more, for k rows are seen to have it. The smallest
-        # finite number still leaves out the rows at -inf.
-        limit = (norms - measure(block, bank.rows, query, row).amax(1).square()) / 2
+        # k rows are seen to be as near as that; the smallest finite number leaves out rows at -inf.
+        farthest = measure(block, bank.rows, query, row).amax(1)
+        farthest[top[:, -1] == -torch.inf] = torch.inf  # of fewer than k groups
+        limit = (norms - farthest.square()) / 2
         limit = limit.minimum(top[:, -1]).clamp(min=torch.finfo(limit.dtype).min)[:, None]
         near = best >= limit  # (P, G)
         # Queries are taken together as long as their rows make PAIRS, a few hundred in most cases.
         sizes = (near.sum(1).cumsum(0) * width // PAIRS).unique_consecutive(return_counts=True)[1]
-        pieces = (tensor.split(sizes.tolist()) for tensor in (block, near, groups, limit))
-        for some, opened, inner, least in zip(*pieces, strict=True):
+        pieces = (t.split(sizes.tolist()) for t in (block, near, groups, limit, farthest))
+        for some, opened, inner, least, most in zip(*pieces, strict=True):
             query, group = opened.nonzero(as_tuple=True)
             which, inside = (inner[query, group] >= least[query]).nonzero(as_tuple=True)
-            yield k_nearest(some, bank.rows, query[which], group[which] * width + inside, k)
+            yield k_nearest(some, bank.rows, query[which], group[which] * width + inside, k, most)
 
 
-def k_nearest(queries, rows, query, row, k: int):
+def k_nearest(queries, rows, query, row, k: int, most):
     """The k nearest among pairs of a query and a row: distances (Q, k) and indices (Q, k). query
-    and row, (pairs,), hold at least k to each query, ascending by query, then by row."""
+    and row, (pairs,), ascend by query, then by row; k to each are no farther than `most` (Q,)."""
     distances = measure(queries, rows, query, row)
+    few = (distances <= 1.0001 * most[query]).nonzero()[:, 0]  # what is left to sort
+    distances, query, row = distances[few], query[few], row[few]
     order = distances.argsort(stable=True)  # of equals the lowest row comes first
     order = order[query[order].argsort(stable=True)]  # query by query, each by distance
     first = torch.searchsorted(query, torch.arange(len(queries), device=query.device))
@@ -1021,11 +1024,10 @@ def draw_scores(options, model: dict, labels, scores) -> None:
 
 def draw_losses(options, model: dict, losses) -> None:
     """loss.png: the training loss, step by step."""
-    figure = Figure(figsize=(6, 3.5))
-    axis = figure.subplots(gridspec_kw=MARGINS | {"left": 0.12})
+    axis = Figure(figsize=(6, 3.5)).subplots(gridspec_kw=MARGINS | {"left": 0.12})
     axis.semilogy(losses, color="black", linewidth=0.7)
     axis.set(xlabel="step", ylabel="training loss (MSE)")
-    save_figure(figure, run_label(options, model), options.out / "loss.png")
+    save_figure(axis.figure, run_label(options, model), options.out / "loss.png")
 
 
 def save_figure(figure: Figure, title: str, path: Path) -> None:
@@ -1481,8 +1483,7 @@ def check_options(options) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=place.parent).close()
         except OSError as error:
-            reason = f"cannot be written ({error.strerror}): choose another place"
-            raise UserError(f"{place}: {reason}") from None
+            raise UserError(f"{place}: cannot be written ({error.strerror})") from None
 
 
 def choose_backbone(options, model: dict | None) -> torch.nn.Sequential:
@@ -1495,6 +1496,5 @@ def choose_backbone(options, model: dict | None) -> torch.nn.Sequential:
         note("no ImageNet weights can be downloaded: this demo goes on with efficientnet_lite0's")
         backbone = load_backbone("efficientnet_lite0", "imagenet")
     if model and model["fingerprint"] != backbone.fingerprint:
-        fits = f"not the weights that {options.load} was fitted with: pass the same ones"
-        raise UserError(f"--weights {options.weights}: {fits}")
+        raise UserError(f"--weights {options.weights}: not those of {options.load}: pass the same")
     return backbone.to(options.device, memory_format=torch.channels_last)

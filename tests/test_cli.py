@@ -324,7 +324,7 @@ def truncated(path):
         (altered(lambda m: m.update(method="dfr")), "4', 'dfr'), not visual anomaly"),
         (altered(lambda m: m.update(format="older")), "is ('older', 'knn'), not visual"),
         (altered(lambda m: m["state"].pop("bank")), "--load: the saved model lacks 'bank'"),
-        (altered(lambda m: m.update(fingerprint="x")), "not the weights that m.pt was"),
+        (altered(lambda m: m.update(fingerprint="x")), "not those of m.pt: pass the same"),
         (flipped, "m.pt: damaged or foreign file (its checksum does not fit)"),
     ],
 )
