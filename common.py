@@ -137,8 +137,8 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     test.sort(key=lambda path: path.parent.name != "good")
     train, test = (load_split(paths, resize, crop, bits) for paths in (train, test))
     if with_train and crop:
-        size = read_image(train.paths[0], bits).size
-        share = (crop / resize) ** 2 * min(size) / max(size)
+        with Image.open(train.paths[0]) as photo:
+            share = (crop / resize) ** 2 * min(photo.size) / max(photo.size)
         note(f"looks at the center square of a photo, {share:.0%} of its area (--crop 0: at all)")
     return (without_copies(train, test) if with_train else train), test
 
@@ -396,8 +396,9 @@ def resize(images: torch.Tensor, size) -> torch.Tensor:
 # Vectors go in; the exact distances to the nearest rows of a memory bank come out. A product of few
 # columns rules out nearly all rows; the rest is measured. Read `MemoryBank`, then `search`.
 
-AXES = 128  # m
-GROUP, ROWS, PAIRS = 32, 4096, 2**21  # rows ruled out at once, prepared at once; measured pairs
+AXES = 128  # m of `MemoryBank`
+GROUP, ROWS = 32, 4096  # rows that one maximum rules out; rows that are prepared at a time
+PAIRS = 2**21  # pairs of a query and a row that are measured at a time
 MARGIN = 8 * torch.finfo(torch.float32).eps  # see `MemoryBank`
 
 
@@ -431,7 +432,7 @@ class MemoryBank:
     The squared bound is rounded by some eps * sqrt(D) * (|q|^2 + |b|^2), because the errors of a
     sum add up like a random walk (Higham and Mary 2019). It is lowered by eight times that, so no
     neighbor is lost unless nearly all errors conspire; on real features the largest was 0.52 of
-    that unit. With products of less than float32 (torch.set_float32_matmul_precision) one may be.
+    that unit. Coarser products (torch.set_float32_matmul_precision) may lose a neighbor.
     """
 
     def __init__(self, rows: torch.Tensor, backend="auto", axes=AXES):
@@ -507,7 +508,8 @@ def search(bank: MemoryBank, queries: torch.Tensor, k: int):
         top, group = topk_cupy(nearness, k) if cupy else best.topk(k)  # (P, k)
         query = torch.arange(len(block), device=block.device)[:, None]
         row = group * width + groups[query, group].argmax(2)  # the best one of the k best groups
-        # k rows are seen to be as near as that; the smallest finite number leaves out rows at -inf.
+        # These k rows are measured: a neighbor is no farther than the farthest of them. The clamp
+        # at the smallest finite number leaves out rows at -inf.
         farthest = measure(block, bank.rows, query, row).amax(1)
         farthest[top[:, -1] == -torch.inf] = torch.inf  # of fewer than k groups
         limit = (norms - farthest.square()) / 2
@@ -526,7 +528,7 @@ def k_nearest(queries, rows, query, row, k: int, most):
     """The k nearest among pairs of a query and a row: distances (Q, k) and indices (Q, k). query
     and row, (pairs,), ascend by query, then by row; k to each are no farther than `most` (Q,)."""
     distances = measure(queries, rows, query, row)
-    few = (distances <= 1.0001 * most[query]).nonzero()[:, 0]  # what is left to sort
+    few = (distances <= 1.0001 * most[query]).nonzero()[:, 0]  # 1.0001 is room for rounding
     distances, query, row = distances[few], query[few], row[few]
     order = distances.argsort(stable=True)  # of equals the lowest row comes first
     order = order[query[order].argsort(stable=True)]  # query by query, each by distance
@@ -1392,7 +1394,7 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     """The options that all four scripts share, then those that `add_options(add)` adds."""
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_CODES}
     parser = argparse.ArgumentParser(description=description, **form)
-    backbones = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
+    resnets = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
     add = parser.add_argument_group("about this run").add_argument
     add("--data", type=Path, metavar="DIR", help="MVTec layout (default: the practice pill)")
     add("--out", type=Path, metavar="DIR", default=Path("results"), help="default: results")
@@ -1400,21 +1402,18 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     add("--load", type=Path, metavar="FILE", help="use a saved model instead of fitting")
     add("--predict", type=Path, nargs="+", metavar="PATH", help="photos to judge: CSV to stdout")
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
-    add("--false-alarm-rate", type=float, metavar="R", default=0.05, help="of normal images (0.05)")
-    add("--batch-size", type=int, metavar="N", default=16, help="of 224 x 224 pixels each (16)")
+    rate = "share of normal images that the threshold may report (0.05)"
+    add("--false-alarm-rate", type=float, metavar="R", default=0.05, help=rate)
+    add("--batch-size", type=int, metavar="N", default=16, help="images of 224 x 224 at once (16)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--backend", choices=["auto", "torch", "cupy"], default="auto", help="search and coreset")
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
     add("--weights", metavar="W", default="imagenet", help="imagenet (default), random or FILE.pth")
-    networks = {
-        "choices": [*backbones, "efficientnet_lite0"],
-        "metavar": "B",
-        "default": "resnet50",
-    }
-    add("--backbone", help="any torchvision ResNet (resnet50) or efficientnet_lite0", **networks)
+    kind = {"choices": [*resnets, "efficientnet_lite0"], "metavar": "B", "default": "resnet50"}
+    add("--backbone", help="any torchvision ResNet (resnet50) or efficientnet_lite0", **kind)
     add("--resize", type=int, metavar="N", default=256, help="shorter side in pixels (256)")
-    add("--crop", type=int, metavar="N", default=224, help="center (224); 0: all, squeezed")
-    add("--bits", type=int, metavar="N", default=16, help="in use of a deeper file's pixel (16)")
+    add("--crop", type=int, metavar="N", default=224, help="center (224); 0: the whole photo")
+    add("--bits", type=int, metavar="N", default=16, help="that a file of over 8 bits uses (16)")
     add("--seed", type=int, metavar="N", default=0)
     add_options(add)
     return parser
