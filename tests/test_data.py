@@ -1,13 +1,11 @@
 """Images of every kind, geometry of images and masks, and the practice pill."""
 
-import math
-
 import common
 
 import numpy as np
 import pytest
 import torch
-from conftest import split
+from conftest import split as split_of
 from PIL import Image
 from torchvision import transforms
 
@@ -114,8 +112,8 @@ def test_masks_of_any_mode_are_what_a_viewer_shows(tmp_path):
     images += [white.convert("RGBA"), white.convert("LA"), Image.fromarray(np.uint16(300 * mask))]
     for image in images:
         image.save(tmp_path / "a.png")
-        found = common.read_image(tmp_path / "a.png", is_mask=True)
-        np.testing.assert_array_equal(np.asarray(found) > 0, mask)
+        found = common.read_mask(tmp_path / "a.png")
+        np.testing.assert_array_equal(found > 0, mask)
 
 
 def with_mask(folder, mask, name="000_mask.png", **settings):
@@ -125,7 +123,9 @@ def with_mask(folder, mask, name="000_mask.png", **settings):
     image = folder / "test/crack/000.png"
     Image.new("RGB", mask.shape[::-1]).save(image)
     Image.fromarray(np.uint8(mask)).save(folder / "ground_truth/crack" / name, **settings)
-    return common.load_split([image], 256, 224)
+    split, errors = common.load_split([image], 256, 224)
+    assert not errors
+    return split
 
 
 def test_soft_edges_count_from_half_on(tmp_path):
@@ -150,8 +150,8 @@ def test_a_hairline_stays_one_region_and_two_blobs_two(tmp_path, capsys):
 
 def test_masks_without_a_visible_defect_are_named(tmp_path, capsys):
     """Blank, beside the crop, too small for a pixel; none of the three spoils the pixel figures."""
-    lost = "1 of 1 defect regions are outside the center crop or too small"
-    for start, side, message in [(0, 0, "mask.png: is blank"), (20, 5, lost), (513, 1, lost)]:
+    lost = "1 masks have regions outside the crop or too small for a pixel"
+    for start, side, message in [(0, 0, "1 masks are blank"), (20, 5, lost), (513, 1, lost)]:
         mask = np.zeros((1024, 1024))
         mask[start : start + side, start : start + side] = 255
         split = with_mask(tmp_path / f"{start}", mask)
@@ -161,23 +161,23 @@ def test_masks_without_a_visible_defect_are_named(tmp_path, capsys):
 
 
 def test_what_is_passed_over_is_counted(tmp_path, capsys):
-    for name in ("a.png", "b.jpg", "c.txt", "d.mpg", "e.heic", "f.h5", ".hidden.png"):
+    for name in ("a.png", "b.JFIF", "c.txt", "d.mpg", "e.heic", "f.h5", ".hidden.png", "g.jpe"):
         (tmp_path / name).touch()
-    for name in ("sub", "results", ".git"):
+    for name in ("sub", "other", ".git", "@eaDir", "$RECYCLE.BIN", "#recycle"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").touch()
-    (tmp_path / "sub" / "up").symlink_to(tmp_path)  # a circle
-    names = [path.name for path in common.image_files(tmp_path)]
-    assert names[:2] == ["a.png", "b.jpg"]
+    names = [path.name for path in common.image_files(tmp_path) if path.name != "e.heic"]
+    assert names == ["a.png", "b.JFIF", "g.jpe"]
     err = capsys.readouterr().err
-    for text in ("1 .txt file", "1 .mpg file", "2 image in a subfolder"):
-        assert text in err
-    found = common.image_files(tmp_path, math.inf, leave_out=tmp_path / "results")
-    assert [path.parent.name for path in found if path.name == "x.png"] == ["sub"]
-    (tmp_path / "linked").symlink_to(tmp_path / "results")
+    assert err.startswith("6 files in") or err.startswith("5 files in")  # HEIC may be readable
+    assert "c.txt" in err
+    found = common.image_files(tmp_path, None)
+    assert [path.parent.name for path in found if path.name == "x.png"] == ["other", "sub"]
+    (tmp_path / "linked").symlink_to(tmp_path / "other")
+    capsys.readouterr()
     found = common.image_files(tmp_path, 1)
-    assert [path.parent.name for path in found] == ["linked", "sub"]
-    assert "2 image in no subfolder" in capsys.readouterr().err
+    assert [path.parent.name for path in found] == ["linked", "other", "sub"]
+    assert "files in" in capsys.readouterr().err  # those in no subfolder
 
 
 def test_frames_beyond_the_first_are_named(tmp_path, capsys, gradient):
@@ -193,8 +193,23 @@ def test_the_whole_image_is_squeezed_not_cropped():
     assert found.shape == (3, 256, 256)
     assert found[0, :, 0].max() < 3
     assert found[0, :, -1].min() > 252
-    with pytest.raises(common.UserError, match=r"a\.png: is 400 x 300, the network sees 320 x 320"):
-        common.prepare(image, 320, 0, "a.png")
+
+
+def test_small_photos_are_enlarged_as_by_torchvision(tmp_path, capsys, gradient):
+    (tmp_path / "good").mkdir()
+    paths = [tmp_path / "good" / name for name in ("a.png", "b.png")]
+    for path in paths:
+        Image.fromarray(gradient).save(path)  # 60 x 40
+    split, errors = common.load_split(paths)
+    steps = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    expected = np.asarray(steps(Image.fromarray(gradient)))
+    np.testing.assert_array_equal(split.images[1].permute(1, 2, 0).numpy(), expected)
+    assert not errors
+    err = capsys.readouterr().err
+    assert err.startswith(f"2 photos are enlarged to 224 x 224: {paths[0]} (5.6 times), ")
+    assert err.count("\n") == 1
+    with pytest.raises(common.UserError, match=r"c: is 300 x 2, expected sides of at most 1 to 50"):
+        common.prepare(Image.new("RGB", (300, 2)), name="c")
 
 
 def photos(count, noise, generator, base=None):
@@ -208,34 +223,157 @@ def photos(count, noise, generator, base=None):
 def test_near_copies_count_once_and_are_named(generator, capsys):
     parts = photos(10, 0, generator)
     burst = photos(30, 3, generator, parts.repeat_interleave(3, 0).float())
-    train, test = split(burst), split(torch.cat([burst[4:5], photos(3, 0, generator)]))
-    kept = common.without_copies(train, test)
-    assert [path.stem for path in kept.paths] == [f"{i:03d}" for i in range(0, 30, 3)]
-    assert torch.equal(kept.pixels, burst[::3])
+    train = split_of(burst)
+    test = split_of(torch.cat([burst[4:5], photos(3, 0, generator)]))
+    rest = common.without_copies(train, test)
+    assert [path.stem for path in rest.paths] == [f"{i:03d}" for i in range(0, 30, 3)]
+    assert torch.equal(rest.images, burst[::3])
     err = capsys.readouterr().err
     assert "20 training photos are near-copies of others and count once: 001.png, 002.png," in err
-    assert "1 test photos are near-copies of training photos: figures are too good: 000.png" in err
+    assert "1 test photos are near-copies of training photos: metrics are too good: 000.png" in err
+
+
+def parts_of(base, count, generator):
+    """Different parts of one product: its look, and on each a detail of its own."""
+    detail = common.resize(torch.rand(count, 3, 8, 8, generator=generator) - 0.5, (64, 64))
+    return base + 60 * detail
+
+
+@pytest.mark.parametrize("sizes", [(30, 0), (25, 25), (40, 10)])
+def test_different_parts_of_two_products_are_no_copies(generator, capsys, sizes):
+    """Two products lie far apart, so that by the distance of all pairs their parts look alike."""
+    looks = torch.tensor([40.0, 200.0]).view(2, 1, 1, 1)
+    parts = [parts_of(look, n, generator) for look, n in zip(looks, sizes, strict=True)]
+    parts = torch.cat(parts)
+    train = photos(len(parts), 0.5, generator, parts)
+    assert len(common.without_copies(split_of(train), split_of(train[:0])).paths) == len(parts)
+    assert capsys.readouterr().err == ""
+    # And each photo three times: exactly the different parts stay.
+    triple = photos(3 * len(parts), 0.5, generator, parts.repeat_interleave(3, 0))
+    rest = common.without_copies(split_of(triple), split_of(triple[:0]))
+    assert [path.stem for path in rest.paths] == [f"{i:03d}" for i in range(0, len(triple), 3)]
+
+
+def test_a_slow_drift_is_no_chain_of_copies(generator):
+    start, end = photos(2, 0, generator).float()
+    share = torch.linspace(0, 1, 50).view(50, 1, 1, 1)
+    drift = photos(50, 0, generator, start + share * (end - start))
+    rest = common.without_copies(split_of(drift), split_of(drift[:0])).images.float().flatten(1)
+    assert len(rest) > 20
+    assert torch.cdist(drift.float().flatten(1), rest).amin(1).max() < 0.1 * rest[0].dist(rest[-1])
 
 
 def test_photos_that_differ_stay_and_nothing_is_said(generator, capsys):
-    for pixels in (photos(20, 3, generator), photos(20, 3, generator, torch.full((1,), 90.0))):
-        train = split(pixels)  # of several parts, and of one part under noise
-        assert torch.equal(common.without_copies(train, split(pixels[:0])).pixels, pixels)
+    for images in (photos(20, 3, generator), photos(20, 3, generator, torch.full((1,), 90.0))):
+        train = split_of(images)  # of several parts, and of one part under noise
+        assert torch.equal(common.without_copies(train, split_of(images[:0])).images, images)
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("spoiled", ["alike", "plain", "dark"])
 def test_photos_that_teach_nothing_are_named(generator, capsys, spoiled):
-    pixels = photos(6, 3, generator)
+    images = photos(6, 3, generator)
     if spoiled == "alike":
-        pixels = pixels[:1].repeat(6, 1, 1, 1)
+        images = images[:1].repeat(6, 1, 1, 1)
     elif spoiled == "plain":
-        pixels = pixels[:, :, :1, :1].repeat(1, 1, 64, 64)
+        images = images[:, :, :1, :1].repeat(1, 1, 64, 64)
     else:
-        pixels = pixels // 5
-    assert len(common.without_copies(split(pixels), split(pixels[:0])).paths) == 6
+        images = images // 5
+    assert len(common.without_copies(split_of(images), split_of(images[:0])).paths) == 6
     message = "dark, at most" if spoiled == "dark" else "all alike or of one color"
     assert message in capsys.readouterr().err
+
+
+def discs(*strengths):
+    """(300, 300): a disc for each strength."""
+    y, x = np.mgrid[:300, :300]
+    mask = np.zeros((300, 300))
+    for number, strength in enumerate(strengths):
+        mask[np.hypot(y - 150, x - 75 - 50 * number) < 12] = strength
+    return mask
+
+
+def test_masks_that_number_their_classes_lose_no_region(tmp_path):
+    assert with_mask(tmp_path / "a", discs(1, 2, 3)).regions.unique().tolist() == [0, 1, 2, 3]
+    faint = discs(255, 20, 255)  # less than an eighth: a trace of compression
+    assert with_mask(tmp_path / "b", faint).regions.unique().tolist() == [0, 1, 2]
+
+
+def test_masks_in_colors_or_in_their_alpha_alone(tmp_path, capsys):
+    gray = discs(1, 2, 3)
+    palette = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255], [255, 255, 255]], np.uint8)
+    colored = palette[gray.astype(int)]  # by brightness, blue is an eighth of white
+    alpha = np.uint8(255 * (gray > 0))
+    for color in (0, 255):
+        plain = np.full((300, 300, 3), color, np.uint8)
+        for number, mask in enumerate((colored, np.dstack([plain, alpha]))):
+            Image.fromarray(mask).save(tmp_path / "m.png")
+            assert ((common.read_mask(tmp_path / "m.png") > 0) == (gray > 0)).all(), number
+    full = with_mask(tmp_path / "a", np.full((300, 300), 255))
+    assert full.masks.all()
+    assert "1 masks cover the whole photo" in capsys.readouterr().err
+
+
+def test_a_photo_turned_by_exif_without_its_mask_is_named(tmp_path, capsys):
+    with_mask(tmp_path, discs(255))
+    assert capsys.readouterr().err == ""
+    exif = Image.Exif()
+    exif[common.ORIENTATION] = 3
+    photo = tmp_path / "test/crack/000.png"
+    Image.open(photo).save(photo, exif=exif)
+    common.load_split([photo])
+    err = capsys.readouterr().err
+    assert err.startswith("1 photos are turned by an EXIF tag that their masks lack")
+    assert "000.png with " in err
+    assert "000_mask.png" in err
+
+
+def test_many_masks_get_running_numbers(tmp_path):
+    with_mask(tmp_path, discs(1, 2))
+    photos = []
+    for name in "abc":
+        photos.append(tmp_path / f"test/crack/{name}.png")
+        Image.open(tmp_path / "test/crack/000.png").save(photos[-1])
+        mask = Image.open(tmp_path / "ground_truth/crack/000_mask.png")
+        mask.save(tmp_path / f"ground_truth/crack/{name}_mask.png")
+    split, _ = common.load_split(photos)
+    assert [regions.unique().tolist() for regions in split.regions] == [
+        [0, 1, 2], [0, 3, 4], [0, 5, 6]
+    ]  # fmt: skip
+
+
+def test_an_array_is_read_as_its_file_is(tmp_path, gradient):
+    alpha = np.full((40, 60, 1), 255, np.uint8)
+    alpha[5:10] = 0
+    deep = gradient[:, :, 0].astype(np.uint16) * 16  # 12 of 16 bits
+    for array in (gradient, gradient[:, :, 0], np.dstack([gradient, alpha]), deep):
+        Image.fromarray(array).save(tmp_path / "a.png")
+        expected = common.read_image(tmp_path / "a.png", 12)
+        assert common.read_image(array, 12).tobytes() == expected.tobytes()
+    colors = common.read_image(gradient.astype(np.uint16) * 16, 12)
+    np.testing.assert_array_equal(np.asarray(colors), gradient)
+    assert (
+        common.read_image(gradient[:, :, :1]).tobytes()
+        == common.read_image(gradient[:, :, 0]).tobytes()
+    )
+    for wrong in (gradient / 255, gradient.astype(int), gradient[None]):
+        with pytest.raises(common.UserError, match=r"array of shape .* cannot be read as an image"):
+            common.read_image(wrong)
+
+
+def test_all_that_is_broken_is_named_at_once(tmp_path, gradient):
+    good = tmp_path / "train/good"
+    good.mkdir(parents=True)
+    (tmp_path / "test/crack").mkdir(parents=True)
+    for i in range(6):
+        Image.fromarray(gradient).save(good / f"{i}.png")
+    for name in ("train/good/2.png", "train/good/4.png", "test/crack/0.png", "test/crack/1.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(common.UserError) as error:
+        common.load_data(tmp_path)
+    assert str(error.value).startswith("4 files cannot be used: ")
+    assert str(error.value).count("cannot be read as an image") == 3
+    assert str(error.value).index("2.png") < str(error.value).index("4.png")
 
 
 @pytest.mark.parametrize("size", [(300, 260), (260, 300), (256, 256)])
@@ -243,7 +381,7 @@ def test_image_and_mask_go_through_the_same_geometry(size):
     run = 256, 224
     square = np.zeros(size[::-1], np.uint8)
     square[100:160, 90:170] = 255
-    mask = common.prepare(Image.fromarray(square), *run)[0]
+    mask = common.prepare(Image.fromarray(square), *run, is_mask=True)[0]
     image = common.prepare(Image.fromarray(square).convert("RGB"), *run)
     assert image.shape == (3, 224, 224)
     assert set(mask.unique().tolist()) == {0, 255}

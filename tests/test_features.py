@@ -21,7 +21,8 @@ def pixels(generator):
 @pytest.mark.parametrize("layers", [["layer3", "layer2"], ["layer1"], ["stem", "layer1"]])
 def test_hooks_equal_a_forward_pass_written_out(pixels, layers):
     backbone = common.load_backbone("resnet18", "random")
-    batches = list(common.extract(backbone, layers, pixels, 4))
+    backbone.batch_size = 4
+    batches = list(common.extract(backbone, layers, pixels))
     outputs = [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
     mean, std = ([[[m]] for m in v] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
@@ -39,17 +40,18 @@ def test_hooks_equal_a_forward_pass_written_out(pixels, layers):
 def test_nothing_after_the_last_layer_is_computed(pixels):
     resnet = common.load_backbone("resnet18", "random")
     resnet.layer4.register_forward_hook(lambda *_: pytest.fail("layer4 was computed"))
-    for outputs in common.extract(resnet, ["layer2", "layer3"], pixels, 4):
+    for outputs in common.extract(resnet, ["layer2", "layer3"], pixels):
         assert not outputs[0].requires_grad
-    assert not resnet.layer3._forward_hooks
+        assert not resnet.layer3._forward_hooks  # not even of a generator that is abandoned here
 
 
 def test_a_batch_of_large_images_takes_the_memory_of_small_ones(generator):
     pixels = torch.randint(256, (3, 3, 320, 320), generator=generator).byte()
-    backbone = common.load_backbone("resnet18", "random")
-    batches = list(common.extract(backbone, ["layer1"], pixels, 4))
+    backbone = common.load_backbone("resnet18", "random", batch_size=4)
+    batches = list(common.extract(backbone, ["layer1"], pixels))
     assert [len(output) for (output,) in batches] == [1, 1, 1]  # 4 * (224 / 320) ** 2 = 1.96
-    (whole,) = (output for (output,) in common.extract(backbone, ["layer1"], pixels, 9))
+    backbone.batch_size = 9
+    (whole,) = (output for (output,) in common.extract(backbone, ["layer1"], pixels))
     torch.testing.assert_close(torch.cat([o for (o,) in batches]), whole, rtol=1e-5, atol=1e-5)
 
 
@@ -76,13 +78,14 @@ def damaged(change):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (damaged(lambda s: s.pop("fc.bias")), 'Missing key(s) in state_dict: "fc.bias"'),
-        (damaged(lambda s: s.update(extra=torch.ones(1))), 'Unexpected key(s) in state_dict: "ex'),
-        (damaged(lambda s: s.update({"conv1.weight": torch.ones(2)})),
-         "size mismatch for conv1.weight: copying a param with shape torch.Size([2])"),
-        (damaged(lambda s: s["fc.bias"].fill_(torch.nan)), "holds NaN or infinity: get it again"),
+        (damaged(lambda s: s.pop("bn1.bias")), "1 tensors are missing, unknown or of another"),
+        (damaged(lambda s: s.update(extra=torch.ones(1))), "another shape, extra for one"),
+        (damaged(lambda s: s.update({"conv1.weight": torch.ones(2)})), "conv1.weight for one"),
+        (damaged(lambda s: s["bn1.bias"].fill_(torch.nan)), "holds NaN or infinity: get it again"),
         ([1, 2], "damaged or foreign file"),
-        (torchvision.models.resnet50(weights=None).state_dict(), "pass the --backbone it belongs"),
+        ({"model": "resnet18"}, "tensors are missing"),
+        (torchvision.models.resnet50(weights=None).state_dict(), "pass the --backbone that"),
+        (torchvision.models.resnet34(weights=None).state_dict(), "pass the --backbone that"),
     ],
 )  # fmt: skip
 def test_a_wrong_weights_file_names_the_first_mismatch(tmp_path, content, message):
@@ -90,6 +93,32 @@ def test_a_wrong_weights_file_names_the_first_mismatch(tmp_path, content, messag
     with pytest.raises(common.UserError) as error:
         common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
     assert message in str(error.value)
+
+
+def wrapped(state, key=None, prefix=""):
+    named = {prefix + name: tensor for name, tensor in state.items()}
+    return {key: named, "epoch": 3} if key else named
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: wrapped(s, "state_dict"),
+        lambda s: wrapped(s, "model", "module."),
+        lambda s: {name: tensor for name, tensor in s.items() if not name.startswith("fc.")},
+        lambda s: s | {"fc.weight": torch.ones(7, 512), "fc.bias": torch.ones(7)},
+        lambda s: {name: t for name, t in s.items() if not name.endswith("num_batches_tracked")},
+    ],
+)
+def test_weights_are_taken_however_they_were_saved(tmp_path, pixels, change):
+    torch.manual_seed(5)
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    found = []
+    for content in (state, change(state)):
+        torch.save(content, tmp_path / "weights.pth")
+        backbone = common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
+        found.append(next(common.extract(backbone, ["layer4"], pixels))[0])
+    assert torch.equal(found[0], found[1])
 
 
 def test_a_weights_file_runs_no_code(tmp_path):
@@ -165,9 +194,14 @@ def test_folded_batch_norms_change_nothing(generator):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
 
 
-def test_collect_fills_one_tensor_and_refuses_what_cannot_fit(generator):
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_collect_fills_one_tensor_and_refuses_what_cannot_fit(
+    generator, monkeypatch, tmp_path, share
+):
+    monkeypatch.setattr(common, "DISK_FROM", share)  # 0: all features lie on disk
     rows = torch.randn(70, 3, generator=generator)
-    assert torch.equal(common.collect(rows.split(16), 70, "rows"), rows)
+    assert torch.equal(common.collect(rows.split(16), 70, tmp_path), rows)
+    assert list(tmp_path.iterdir()) == []
     if Path("/proc/meminfo").exists():
-        with pytest.raises(common.UserError, match=r"rows take .* GiB, .* are free: use fewer"):
-            common.collect(rows.split(16), 10**13, "rows")
+        with pytest.raises(common.UserError, match=r"features of all photos take .* GiB, too much"):
+            common.collect(rows.split(16), 10**13, tmp_path)

@@ -88,21 +88,21 @@ def kernels(library, monkeypatch):
 @pytest.mark.parametrize(("queries", "rows"), [(1, 3), (9, 77), (3, 500), (2, 20_001)])
 def test_keep_best_on_the_processor(kernels, generator, queries, rows):
     """Each warp's 32 against NumPy in float64, with ties and infinities among the values."""
-    nearness = torch.randn(queries, rows, generator=generator).mul(4).round().div(4)
-    nearness[:, rows // 2 :: 7] = -torch.inf
-    nearness[0, 1] = torch.inf
+    bounds = torch.randn(queries, rows, generator=generator).mul(4).round().div(4)
+    bounds[:, rows // 2 :: 7] = torch.inf
+    bounds[0, 1] = -torch.inf
     best = torch.full((queries, common.THREADS), torch.nan)
     indices = torch.full_like(best, -1, dtype=torch.int32)
-    common.launch("keep_best", queries, nearness, np.int32(rows), best, indices)
+    common.launch("keep_best", queries, bounds, np.int32(rows), best, indices)
     for warp in range(common.THREADS // 32):
         mine = np.flatnonzero(np.arange(rows) % common.THREADS // 32 == warp)
-        values = nearness[:, mine].double().numpy()
-        order = np.argsort(-values, axis=1, kind="stable")[:, :32]  # equals: the lowest first
-        expected = np.full((queries, 32), -np.inf)
+        values = bounds[:, mine].double().numpy()
+        order = np.argsort(values, axis=1, kind="stable")[:, :32]  # equals: the lowest first
+        expected = np.full((queries, 32), np.inf)
         expected[:, : order.shape[1]] = np.take_along_axis(values, order, 1)
         lanes = slice(32 * warp, 32 * warp + 32)
         np.testing.assert_array_equal(best[:, lanes].numpy(), expected)
-        kept = (expected > -np.inf)[:, : order.shape[1]]  # what is passed over has no place
+        kept = (expected < np.inf)[:, : order.shape[1]]  # what is passed over has no place
         found = indices[:, lanes].numpy()[:, : order.shape[1]]
         np.testing.assert_array_equal(found[kept], mine[order][kept])
 

@@ -2,33 +2,34 @@
 
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import common
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, SMALL, options, split
+from conftest import ROOT, SHORT, small, small_backbone
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 
 @pytest.fixture
-def pixels(generator):
+def images(generator):
     return torch.randint(256, (8, 3, 64, 64), generator=generator).byte()
 
 
-def test_autoencoder_score_is_the_mean_squared_error(scripts, pixels):
-    module, run = scripts["autoencoder"], options("autoencoder")
+def test_autoencoder_score_is_the_mean_squared_error(scripts, images):
+    module = scripts["autoencoder"]
     network = module.build_autoencoder(8).eval()
-    scores, maps, ((_, _, drawings),) = module.score(network, pixels, run)
-    images = module.shrink(pixels, "cpu")
+    scores, maps, (drawings,) = module.score(network, "cpu", images)
+    seen = module.shrink(images, "cpu")
     with torch.no_grad():
-        expected = ((images - network(images)) ** 2).flatten(1).mean(1)
+        expected = ((seen - network(seen)) ** 2).flatten(1).mean(1)
     torch.testing.assert_close(scores, expected)
     assert maps.shape == (8, 64, 64)
-    assert drawings.shape == (8, 64, 64, 3)
+    assert drawings.tiles.shape == (8, 64, 64, 3)
 
 
 def test_jitter_moves_little_and_keeps_a_flat_image(scripts):
@@ -66,34 +67,44 @@ def test_dfr_map_is_the_squared_error_of_standardized_features(scripts, monkeypa
     network = torch.nn.Linear(3, 3, bias=False)
     torch.nn.init.zeros_(network.weight)  # reconstructs nothing: the error is the feature itself
     state = {"mean": torch.tensor([1.0, 2, 3]), "deviation": torch.tensor([1.0, 2, 4])}
+    state["layers"] = ["layer1"]
     features = torch.tensor([3.0, 6, 11]).view(1, 3, 1, 1).expand(2, 3, 8, 8)  # (x - m) / s = 2
     monkeypatch.setattr(common, "extract", lambda *_: iter([[features]]))
     monkeypatch.setattr(scripts["dfr"], "regional_features", lambda outputs: outputs[0])
-    pixels, run = torch.empty(2, 3, 64, 64), options("dfr")
-    scores, maps, _ = scripts["dfr"].score(None, network, state, pixels, run)
+    images = torch.empty(2, 3, 64, 64)
+    scores, maps, _ = scripts["dfr"].score(state, small_backbone(), network, images)
     torch.testing.assert_close(scores, torch.full((2,), 4.0))
     torch.testing.assert_close(maps, torch.full((2, 64, 64), 4.0))
 
 
-def test_knn_scores_equal_scikit_learn(scripts, pixels, tmp_path):
-    module, run = scripts["knn"], options("knn", ["--batch-size", 4], out=tmp_path)
-    resnet = common.load_backbone("resnet18", "random")
-    model = module.fit(resnet, split(pixels[:6]), run)
-    bank = model["state"]["bank"]
+def test_knn_scores_equal_scikit_learn(scripts, images):
+    module, resnet = scripts["knn"], small_backbone(batch_size=4)
+    fitted = module.fit(images[:6], resnet, neighbors=3)
+    bank = fitted.state["bank"]
     assert bank.shape == (6, 512)
-    queries = module.describe(resnet, pixels, 4, "")
+    queries = module.embed(images, resnet, "")
     reference = NearestNeighbors(n_neighbors=3).fit(bank.double().numpy())
     expected = reference.kneighbors(queries.double().numpy())[0].mean(1)
-    found = module.score(resnet, model["state"], pixels, run).scores
+    found = module.detector(fitted.state, resnet)(images).scores
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-3)
     # Leave one out: scikit-learn does so when it is asked about its own rows.
     left_out = reference.kneighbors()[0].mean(1)
-    np.testing.assert_allclose(model["normal_scores"].numpy(), left_out, rtol=1e-5)
+    np.testing.assert_allclose(fitted.result.scores.numpy(), left_out, rtol=1e-5)
+
+
+def test_knn_leaves_out_the_photo_itself_also_among_copies(scripts, images):
+    """Of equal rows the first is the first neighbor of all: it is not the one to leave out."""
+    copied = torch.cat([images[:4], images[:1], images[:1]])
+    result = scripts["knn"].fit(copied, small_backbone(), neighbors=2).result
+    nearest = [picture.photos.tolist() for picture in result.pictures]
+    assert {nearest[0][5], nearest[1][5]} == {0, 4}
+    assert {nearest[0][0], nearest[1][0]} == {4, 5}
+    assert result.scores[[0, 4, 5]].tolist() == [0, 0, 0]
 
 
 def score_patches(scripts, features, bank, b):
     memory = common.MemoryBank(bank)
-    return scripts["patchcore"].score_patches(features, memory, b)
+    return scripts["patchcore"].score_patches(features, memory, b)[:2]
 
 
 def test_equation_7_by_hand(scripts):
@@ -140,31 +151,35 @@ def test_equation_7_does_not_overflow(scripts):
     assert scores.item() == pytest.approx(1000, rel=1e-6)
 
 
-def judged(scripts, features, projected, size, images, run, monkeypatch):
-    """(result, [rows of features per image]): what `judge_as_new` finds and by which banks."""
+def left_out(scripts, features, size, images, b, monkeypatch):
+    """(picks, result, the bank's rows for each image): what `leave_one_out` says, and by what."""
     banks, score_patches = [], scripts["patchcore"].score_patches
 
     def spy(new, bank, b):
-        banks.append(bank.rows[bank.offsets.isfinite()])
+        banks.append(bank.rows[bank.squared.isfinite()])
         return score_patches(new, bank, b)
 
+    projected = features.flatten(0, 2)
     cover = common.greedy_coreset(projected, size, with_cover=True)
+    photos = torch.zeros(len(features), 3, 64, 64, dtype=torch.uint8)
+    state = {"neighbors": b, "layers": ["layer2"]}
+    state["photos"] = scripts["patchcore"].small_photos(photos)
     with monkeypatch.context() as context:
         context.setattr(scripts["patchcore"], "score_patches", spy)
-        result = scripts["patchcore"].judge_as_new(features, projected, cover, images, run)
-    return cover[0], result, banks
+        result = scripts["patchcore"].leave_one_out(
+            photos, features, projected, cover, images, state
+        )
+    return cover.picks, result, banks
 
 
 def test_banks_without_an_image_hold_none_of_its_rows_and_cover_the_rest(
     scripts, generator, monkeypatch
 ):
     """Checked from the outside: every other patch is as near to the bank as the coreset's were."""
-    projected = torch.randn(12 * 40, 6, generator=generator)
-    features, images = projected.view(12, 5, 8, 6), torch.tensor([0, 3, 4, 11])
-    chosen, result, banks = judged(
-        scripts, features, projected, 60, images, options(neighbors=9), monkeypatch
-    )
-    radius = torch.cdist(projected, projected[chosen]).amin(1).max()
+    features = torch.randn(12, 5, 8, 6, generator=generator)
+    images, rows = torch.tensor([0, 3, 4, 11]), features.flatten(0, 2)
+    picks, result, banks = left_out(scripts, features, 60, images, 9, monkeypatch)
+    radius = torch.cdist(rows, rows[picks]).amin(1).max()
     for image, score, anomaly_map, bank in zip(images, *result[:2], banks, strict=True):
         own = features[image].flatten(0, 1)
         assert torch.cdist(bank, own).min() > 0
@@ -177,68 +192,133 @@ def test_banks_without_an_image_hold_none_of_its_rows_and_cover_the_rest(
 
 
 def test_a_bank_that_would_be_empty_is_begun_anew(scripts, generator, monkeypatch):
-    projected = torch.randn(4 * 6, 3, generator=generator)
-    images, run = torch.arange(4), options(neighbors=1)
-    features = projected.view(4, 2, 3, 3)
-    _, result, banks = judged(scripts, features, projected, 1, images, run, monkeypatch)
+    features = torch.randn(4, 2, 3, 3, generator=generator)
+    _, result, banks = left_out(scripts, features, 1, torch.arange(4), 1, monkeypatch)
     assert all(len(bank) >= 1 for bank in banks)
     assert result.scores.isfinite().all()
 
 
-def test_the_threshold_of_patchcore_comes_from_banks_without_the_image(scripts, pixels, tmp_path):
-    """Against the whole coreset with everything kept, a training image scores zero."""
-    run = options(coreset=1.0, neighbors=1, out=tmp_path)
-    backbone = common.load_backbone("resnet18", "random")
-    model = scripts["patchcore"].fit(backbone, split(pixels), run)
-    batches = common.extract(backbone, run.layers, pixels)
-    features = torch.cat([scripts["patchcore"].patch_features(outputs) for outputs in batches])
-    for i, score in enumerate(model["normal_scores"]):
+def test_the_threshold_of_patchcore_comes_from_banks_without_the_image(scripts, images):
+    """Against the whole coreset with everything in it, a training image scores zero."""
+    backbone, module = small_backbone(), scripts["patchcore"]
+    fitted = module.fit(images, backbone, coreset=1.0, neighbors=1)
+    batches = common.extract(backbone, module.LAYERS, images)
+    features = torch.cat([module.patch_features(outputs) for outputs in batches])
+    for i, score in enumerate(fitted.result.scores):
         others = torch.cat([features[:i], features[i + 1 :]]).flatten(0, 2)
         expected = torch.cdist(features[i].flatten(0, 1), others).amin(1).max()
         assert score == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_autoencoder_trains_on_the_same_batches_whatever_fits_into_memory(
-    scripts, pixels, tmp_path
-):
-    states = []
+def test_compared_are_the_worst_patch_and_the_photo_of_its_nearest_row(scripts, images):
+    """The cell and the photo of a search written out, read back from the pixels of the tile."""
+    module, backbone = scripts["patchcore"], small_backbone()
+    fitted = module.fit(images[:6], backbone, coreset=0.5, neighbors=3)
+    features, new = (
+        torch.cat([module.patch_features(o) for o in common.extract(backbone, module.LAYERS, part)])
+        for part in (images[:6], images[6:])
+    )
+    origin = fitted.state["origin"]
+    (compared,) = module.detector(fitted.state, backbone)(images[6:]).pictures
+    for i, patches in enumerate(new.flatten(1, 2)):
+        distances = torch.cdist(patches.double(), features.flatten(0, 2)[origin].double())
+        worst = int(distances.amin(1).argmax())
+        nearest = int(origin[distances[worst].argmin()])
+        photo, cell = divmod(nearest, 64)
+        assert compared.photos[i] == photo
+        assert compared.captions[i] == f"s* {distances.amin(1).max():.4g}"
+        left, right = compared.tiles[i].permute(2, 0, 1).split(48, dim=2)  # 64 rows: all there are
+        for half, image, place in [(left, images[6 + i], worst), (right, images[photo], cell)]:
+            row, column = place // 8 * 8, place % 8 * 8
+            x = min(max(column + 4 - 24, 0), 16)  # where the window of 48 begins
+            frame = torch.zeros(64, 64, dtype=torch.bool)
+            frame[row : row + 8, column : column + 8] = True
+            frame[row + 1 : row + 7, column + 1 : column + 7] = False
+            frame = frame[:, x : x + 48]
+            assert (half[:, frame] == 255).all()
+            difference = (half.float() - image[:, :, x : x + 48].float()).abs()[:, ~frame]
+            assert difference.mean() < (1 if half is left else 60)  # a JPEG of noise is far off
+
+
+def test_the_photos_in_a_model_take_little_room(scripts, images, monkeypatch):
+    monkeypatch.setattr(scripts["patchcore"], "PHOTOS_SIZE", 8_000)
+    photos = scripts["patchcore"].small_photos(images)
+    assert sum(map(len, photos)) <= 8_000
+    assert len(photos) == 8
+
+
+def test_the_autoencoder_trains_on_the_same_batches_whatever_fits_into_memory(scripts, images):
+    weights = []
     for size in (16, 3):
-        run = options("autoencoder", ["--batch-size", size, "--steps", 5], out=tmp_path)
-        states.append(scripts["autoencoder"].fit(split(pixels), run)["state"])
-    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+        backbone = small_backbone("autoencoder", batch_size=size)
+        fitted = scripts["autoencoder"].fit(images, backbone, steps=5)
+        weights.append(fitted.state["weights"].values())
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize("method", ["autoencoder", "dfr"])
-def test_held_out_images_are_not_trained_on(scripts, method, pixels, tmp_path):
+def test_held_out_images_are_not_trained_on(scripts, method, images):
     """Whatever the held-out images show, the network that is trained is the same."""
     _, held_out = common.hold_out(8, 0)
-    other = pixels.clone()
+    other = images.clone()
     other[held_out] = 255 - other[held_out]
-    models = []
-    for images in (pixels, other):
-        arguments = [
-            split(images),
-            options(method, ["--batch-size", 1, "--steps", 5], out=tmp_path),
-        ]
-        if method == "dfr":
-            arguments.insert(0, common.load_backbone("resnet18", "random"))
-        models.append(scripts[method].fit(*arguments))
-    weights = [model["state"].get("weights", model["state"]).values() for model in models]
+    backbone = small_backbone(method, batch_size=1)
+    fitted = [scripts[method].fit(shown, backbone, steps=5) for shown in (images, other)]
+    weights = [one.state["weights"].values() for one in fitted]
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-    assert not torch.equal(models[0]["normal_scores"], models[1]["normal_scores"])
+    assert not torch.equal(fitted[0].result.scores, fitted[1].result.scores)
+    assert torch.equal(fitted[0].calibration, held_out)
+
+
+def test_constant_features_end_dfr_in_one_line(scripts):
+    backbone = small_backbone()
+    for weights in backbone.parameters():
+        weights.zero_()
+    with pytest.raises(common.UserError, match="are all alike"):
+        scripts["dfr"].fit(torch.zeros(8, 3, 64, 64, dtype=torch.uint8), backbone, steps=5)
+
+
+@pytest.mark.parametrize("method", ["dfr", "knn", "patchcore"])
+def test_threads_that_judge_at_once_do_not_mix_images(scripts, method, generator):
+    """4 threads x 100 images, by one backbone."""
+    images = torch.randint(256, (100, 3, 64, 64), generator=generator).byte()
+    backbone = small_backbone()
+    fitted = scripts[method].fit(images[:8], backbone, **SHORT[method])
+    detect = scripts[method].detector(fitted.state, backbone)
+
+    def judge(image):
+        return float(detect(image[None]).scores[0])
+
+    expected = list(map(judge, images))
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(lambda _: list(map(judge, images)), range(4)):
+            assert scores == expected
 
 
 @pytest.mark.parametrize("method", ["autoencoder", "dfr", "knn", "patchcore"])
-def test_same_seed_same_scores(scripts, method, pixels, tmp_path):
-    found = []
+def test_same_seed_same_scores(scripts, method, images):
+    scores, module = [], scripts[method]
     for seed in (0, 0, 1):
-        run = options(method, ["--seed", seed], out=tmp_path)
-        backbone = common.load_backbone("resnet18", "random", seed)
-        first = [] if method == "autoencoder" else [backbone]
-        model = scripts[method].fit(*first, split(pixels[:6]), run)
-        found.append(scripts[method].judge_by(*first, model, run)(pixels).scores)
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+        backbone = small_backbone(method, seed)
+        seeded = {"seed": seed} if method != "knn" else {}  # its seed is the backbone's
+        fitted = module.fit(images[:6], backbone, **SHORT[method], **seeded)
+        scores.append(module.detector(fitted.state, backbone)(images).scores)
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+
+
+@pytest.mark.parametrize("method", ["dfr", "patchcore"])
+def test_features_on_disk_give_the_same_bits(scripts, method, images, monkeypatch, tmp_path):
+    fitted = []
+    for share in (0.5, 0.0):
+        monkeypatch.setattr(common, "DISK_FROM", share)
+        assert common.goes_to_disk(1, tmp_path) == (share == 0)
+        backbone = small_backbone()
+        backbone.scratch = tmp_path
+        fitted.append(scripts[method].fit(images, backbone, **SHORT[method]))
+    assert torch.equal(fitted[0].result.scores, fitted[1].result.scores)
+    assert torch.equal(fitted[0].result.maps, fitted[1].result.maps)
+    assert list(tmp_path.iterdir()) == []  # the file has no name
 
 
 def test_the_benchmark_starts(monkeypatch, capsys):
@@ -254,21 +334,22 @@ def snippets():
     return [part.split("```")[0] for part in section.split("```python\n")[1:]]
 
 
-def test_the_readme_judges_one_image(run_script, original_pill, capfd):
-    arguments = ["--data", original_pill, *SMALL, *QUICK["patchcore"], "--save", "my_part.pt"]
+def test_the_readme_judges_one_photo(run_script, original_pill, capfd):
+    arguments = ["--data", original_pill, *small("patchcore"), "--save", "my_part.pt"]
     assert run_script("patchcore", *arguments)[0] == 0
     photo = original_pill / "test/combined/000.jpg"
     _, out, _ = run_script("patchcore", "--load", "my_part.pt", "--predict", photo)
-    names = {"array": np.asarray(Image.open(photo))}
-    exec(snippets()[0], names)
-    assert f"{names['result'].scores[0]:.9g}," in out
-    assert f"tensor({',defect,' in out}) torch.Size([64, 64])\n" == capfd.readouterr().out
+    assert len(snippets()[0].strip().splitlines()) <= 6
+    for source in (photo, np.asarray(Image.open(photo))):
+        names = {"photo": source}
+        exec(snippets()[0].replace('"photo.jpg"', "photo"), names)
+        assert f"{names['score']:.9g},{names['verdict']}," in out
+        assert names["anomaly_map"].shape == (64, 64)
 
 
-def test_the_readme_in_a_notebook(original_pill, monkeypatch):
-    load_data = common.load_data
-    monkeypatch.setattr(common, "load_data", lambda root: load_data(original_pill))  # fewer images
+def test_the_readme_in_a_notebook():
+    """PatchCore from its parts is 04, to four digits."""
+    assert len(snippets()[1].strip().splitlines()) <= 10
     names = {}
     exec(snippets()[1], names)
-    assert names["auroc"] > 0.7
-    assert names["pro"] > 0.7
+    assert f"{names['auroc']:.4f} {names['pro']:.4f}" == "0.9655 0.9085"

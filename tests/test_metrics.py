@@ -88,12 +88,11 @@ def test_conformal_threshold_keeps_the_rate_on_new_normals(rate):
 
 
 def test_thresholds_warn_of_too_few_normals(capsys):
-    model = {"normal_scores": torch.arange(6.0), "normal_peaks": None}
-    assert common.with_thresholds(model, 0.05)["threshold"] == 5
+    model = {"scores": torch.arange(6.0), "peaks": None}
+    assert common.thresholds(model, 0.05) == (5, None)
     assert "takes 19 normal images" in capsys.readouterr().err
-    model = {"normal_scores": torch.arange(19.0), "normal_median": 1.0}
-    model["normal_peaks"] = 2 * model["normal_scores"]
-    assert common.with_thresholds(model, 0.05)["map_range"] == (1, 36, 71)
+    model = {"scores": torch.arange(19.0), "median": 1.0, "peaks": 2 * torch.arange(19.0)}
+    assert common.thresholds(model, 0.05) == (18, (1, 36, 71))
     assert capsys.readouterr().err == ""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import common
 
 import pytest
-from conftest import QUICK, ROOT, SCRIPTS, SMALL
+from conftest import ROOT, SCRIPTS, small
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
@@ -69,15 +69,15 @@ def one_line(code, err, expected):
 
 
 def fit(method, data, *more):
-    return [SCRIPTS[method], "--data", data, *SMALL, *QUICK[method], *more]
+    return [SCRIPTS[method], "--data", data, *small(method), *more]
 
 
 LINGER = """
 prepare = common.prepare
-def wrapper(*arguments):
+def wrapper(*arguments, **settings):
     for _ in range(100):
         torch.ones(500_000).add_(1)
-    return prepare(*arguments)
+    return prepare(*arguments, **settings)
 common.prepare = wrapper
 """
 INTERRUPT = """
