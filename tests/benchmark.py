@@ -104,34 +104,34 @@ def drawn_pills(count: int, seed=7) -> Path:
     return folder
 
 
-def pixels_of(paths):
-    return common.load_split(list(paths), 256, 224).pixels
+def images_of(paths):
+    return common.load_split(list(paths), 256, 224)[0].images
 
 
 @torch.inference_mode()
-def wide_features(pixels):
+def wide_features(images):
     """(N, 28, 28, 912): EfficientNet-Lite0's depthwise outputs of blocks 4 and 10, ImageNet."""
-    backbone, parts, kept = common.load_backbone("efficientnet_lite0").to(DEVICE), [], {}
+    backbone, parts, kept = common.load_backbone("efficientnet_lite0", device=DEVICE), [], {}
     for name, block in [("fine", backbone.layer2[1]), ("coarse", backbone.layer3[5])]:
         block._bn1.register_forward_hook(
             lambda module, inputs, output, name=name: kept.update({name: output.clamp(0, 6)})
         )
-    for _ in common.extract(backbone, ["layer3"], pixels):
+    for _ in common.extract(backbone, ["layer3"], images):
         parts.append(patchcore.patch_features([kept["fine"], kept["coarse"]]).cpu())
     return torch.cat(parts)
 
 
-def random_features(pixels):
+def random_features(images):
     """(N, 28, 28, 1536): layer2 and layer3 of a random ResNet50."""
-    backbone = common.load_backbone("resnet50", "random").to(DEVICE)
-    outputs = common.extract(backbone, ["layer2", "layer3"], pixels)
-    return common.collect((patchcore.patch_features(o) for o in outputs), len(pixels), "features")
+    backbone = common.load_backbone("resnet50", "random", device=DEVICE)
+    outputs = common.extract(backbone, patchcore.LAYERS, images)
+    return common.collect(map(patchcore.patch_features, outputs), len(images))
 
 
 def benchmark_neighbors(options):
     """On the bank that 267 pills leave at 10 %, and the patches of 8 new ones."""
     folder = drawn_pills(267)
-    new = pixels_of(sorted(folder.glob("test/*/000.jpg"))[:8])
+    new = images_of(sorted(folder.glob("test/*/000.jpg"))[:8])
     for name, features_of in {
         "EfficientNet-Lite0, ImageNet": wide_features,
         "ResNet50, random": random_features,
@@ -140,7 +140,7 @@ def benchmark_neighbors(options):
         if features_of is None:
             bank, many = random_rows(20_928, 1536), random_rows(6_272, 1536)
         else:
-            rows = features_of(pixels_of(sorted(folder.glob("train/good/*")))).flatten(0, 2)
+            rows = features_of(images_of(sorted(folder.glob("train/good/*")))).flatten(0, 2)
             projected = patchcore.project(rows, 0)
             bank = rows[common.greedy_coreset(projected, len(rows) // 10)].to(DEVICE)
             many = features_of(new).flatten(0, 2).to(DEVICE)
@@ -181,22 +181,25 @@ def resources(*command) -> tuple[float, float, float, str]:
 
 
 def benchmark_run(options):
-    """04 as a user runs it, ResNet50 with random weights, 10 %, by the number of normal photos."""
-    print("\n04, ResNet50, --coreset 0.1, and 83 test images")
-    for count in options.photos:
+    """04 as a user runs it, by the number of normal photos and the share of the coreset."""
+    weights = "random" if options.backbone == "resnet50" else "imagenet"
+    print(f"\n04, {options.backbone}, {weights} weights, and 83 test images")
+    for count, share in itertools.product(options.photos, options.coreset):
         with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, conftest.SCRIPTS["patchcore"], "--weights", "random"]
-            command += ["--data", drawn_pills(count), "--out", out]
-            seconds, processor, peak, _ = resources(*command)
-            print(f"  {count} photos: {seconds:.0f} s ({processor:.0f} s of the processor), "
-                  f"{peak:.1f} GiB at most", flush=True)  # fmt: skip
+            command = [sys.executable, conftest.SCRIPTS["patchcore"], "--weights", weights]
+            command += ["--backbone", options.backbone, "--coreset", share, "--resize"]
+            command += [options.resize, "--crop", options.resize * 7 // 8]
+            seconds, processor, peak, _ = resources(*command, "--data", drawn_pills(count),
+                                                    "--out", out)  # fmt: skip
+            print(f"  {count} photos, --coreset {share}: {seconds:.0f} s ({processor:.0f} s of the "
+                  f"processor), {peak:.1f} GiB at most", flush=True)  # fmt: skip
 
 
 def benchmark_stages(options):
     """Where 04 spends its time, by a stopwatch around each stage."""
     stages = {"features": (common, "collect"), "coreset": (common, "greedy_coreset")}
-    stages |= {"threshold": (patchcore, "judge_as_new"), "search": (patchcore, "score")}
-    stages |= {"decode": (common, "load_data"), "metrics": (common, "evaluate")}
+    stages |= {"threshold": (patchcore, "leave_one_out"), "report": (common, "report")}
+    stages |= {"decode": (common, "load_photos"), "metrics": (common, "evaluate")}
     spent = dict.fromkeys(stages, 0.0)
 
     def timed(name, function):
@@ -213,17 +216,18 @@ def benchmark_stages(options):
         setattr(module, function, timed(name, getattr(module, function)))
     with tempfile.TemporaryDirectory() as out:
         sys.argv = ["04", "--weights", "random", "--data", str(drawn_pills(267)), "--out", out]
-        patchcore.main()
+        script = patchcore.add_options, patchcore.fit, patchcore.detector
+        common.main("patchcore", "", *script)
     print("\nseconds of 04 by stage:", ", ".join(f"{n} {s:.1f}" for n, s in spent.items()))
 
 
 def benchmark_picks(options):
     """Greedy against random picks: image AUROC, and how far the worst-covered normal patch is."""
-    backbone = common.load_backbone("efficientnet_lite0").to(DEVICE)
+    backbone = common.load_backbone("efficientnet_lite0", device=DEVICE)
     for data in (conftest.ROOT / "tests" / "practice_pill", *options.data):
         train, test = common.load_data(data)
         layers = ["layer2", "layer3"]
-        outputs = (common.extract(backbone, layers, split.pixels) for split in (train, test))
+        outputs = (common.extract(backbone, layers, split.images) for split in (train, test))
         rows, queries = (
             torch.cat([patchcore.patch_features(o) for o in batch]) for batch in outputs
         )
@@ -237,7 +241,7 @@ def benchmark_picks(options):
                 picks["random"] = torch.randperm(len(rows), generator=draw)[:size].to(rows.device)
                 for kind, chosen in picks.items():
                     bank = common.MemoryBank(rows[chosen])
-                    scores, _ = patchcore.score_patches(queries, bank, min(9, size))
+                    scores = patchcore.score_patches(queries, bank, min(9, size)).s
                     worst = bank.nearest(rows)[0].max().item()
                     found[kind].append((common.image_auroc(scores, test.labels), worst))
             means = {kind: torch.tensor(values).mean(0).tolist() for kind, values in found.items()}
@@ -256,21 +260,35 @@ def authors_pooling(outputs):
     return both.unflatten(1, size)
 
 
+def unit_weight(score_patches):
+    """Equation 7 with distances divided by the root of their columns, as exp knows no unit."""
+
+    def scaled(features, bank, b):
+        unit = features.shape[3] ** 0.5
+        bank = common.MemoryBank(bank.rows / unit)
+        scored = score_patches(features / unit, bank, b)
+        return scored._replace(s=scored.s * unit, s_star=scored.s_star * unit)
+
+    return scaled
+
+
 def benchmark_remarks(options):
-    """The figures in the remarks of 04_patchcore.py and common.py, by EfficientNet-Lite0."""
-    backbone, ours = common.load_backbone("efficientnet_lite0").to(DEVICE), patchcore.patch_features
-    fill = patchcore.refill
-    patchcore.draw_coreset = lambda *_: None
+    """The figures in the README's remarks on PatchCore, by EfficientNet-Lite0."""
+    backbone = common.load_backbone("efficientnet_lite0", device=DEVICE)
+    ours, fill, plain = patchcore.patch_features, patchcore.refill, patchcore.score_patches
 
     def run(train, test, **changes):
-        given = ["--resize", 256, "--crop", 224, "--coreset", 0.1, "--neighbors", 9]
-        with tempfile.TemporaryDirectory() as out:
-            settings = conftest.options("patchcore", given, out=Path(out), device=DEVICE, **changes)
-            model = patchcore.fit(backbone, train, settings)
-            result = patchcore.judge_by(backbone, model, settings)(test.pixels)
-        figures = common.pixel_metrics(result.maps[test.has_mask], test.regions[test.has_mask])
-        figures = common.image_auroc(result.scores, test.labels), *figures
-        return " / ".join(f"{figure:.3f}" for figure in figures), model, result.scores
+        fitted = patchcore.fit(train.images, backbone, **changes)
+        result = patchcore.detector(fitted.state, backbone)(test.images)
+        regions = test.regions[test.has_mask]
+        maps = result.maps[test.has_mask]
+        figures = common.image_auroc(result.scores, test.labels), common.pixel_auroc(maps, regions)
+        figures = *figures, common.au_pro(maps, regions)
+        return (
+            " / ".join(f"{figure:.3f}" for figure in figures),
+            fitted.result.scores,
+            result.scores,
+        )
 
     for data in (conftest.ROOT / "tests" / "practice_pill", *options.data):
         train, test = common.load_data(data)
@@ -281,16 +299,25 @@ def benchmark_remarks(options):
         patchcore.patch_features = authors_pooling
         print("  the authors' pooling:", run(train, test)[0])
         patchcore.patch_features = ours
-        weight = scores / run(train, test, neighbors=1)[2]
+        star = run(train, test, neighbors=1)[2]
+        weight = scores / star
         print(f"  equation 7's weight: {weight.min():.3f} to {weight.max():.3f}")
+        patchcore.score_patches = unit_weight(plain)
+        for b in (9, 3, 2):
+            figures, _, scores = run(train, test, neighbors=b)
+            weight = scores / star
+            print(f"  distances by the root of D, b = {b}: {figures}, weight {weight.min():.3f} to "
+                  f"{weight.max():.3f}")  # fmt: skip
+        patchcore.score_patches = plain
         for share in (0.1, 0.01, 0.001):
             refilled = run(train, test, coreset=share)[1]
-            patchcore.refill = lambda bank, projected, loose, radius: loose[:0]
+            patchcore.refill = lambda bank, projected, in_hole, radius: in_hole[:0]
             bare, patchcore.refill = run(train, test, coreset=share)[1], fill
-            changed = int((refilled["normal_scores"] != bare["normal_scores"]).sum())
+            changed = int((refilled != bare).sum())
+            before, after = (common.conformal_quantile(s, 0.05) for s in (bare, refilled))
             print(f"  coreset {share:.1%}: refills change {changed} scores, and the threshold from "
-                  f"{bare['threshold']:.1f} to {refilled['threshold']:.1f}")  # fmt: skip
-    rows = wide_features(pixels_of(sorted(drawn_pills(60).glob("train/good/*")))).flatten(0, 2)
+                  f"{before:.1f} to {after:.1f}")  # fmt: skip
+    rows = wide_features(images_of(sorted(drawn_pills(60).glob("train/good/*")))).flatten(0, 2)
     draw, projected = torch.Generator().manual_seed(0), patchcore.project(rows, 0)
     a, b = (torch.randint(len(rows), (1_000_000,), generator=draw).split(50_000) for _ in range(2))
     ratios = torch.cat(
@@ -301,15 +328,15 @@ def benchmark_remarks(options):
     )
     ratios = ratios[ratios.isfinite()]
     print(f"\nprojection: {ratios.min():.2f} to {ratios.max():.2f}, deviation {ratios.std():.3f}")
-    own = common.extract(backbone, ["layer2", "layer3"], train.pixels)
+    own = common.extract(backbone, ["layer2", "layer3"], train.images)
     for features in (rows, torch.cat([ours(outputs) for outputs in own]).flatten(0, 2).cpu()):
-        bank, queries = common.MemoryBank(features[::10], axes=0), features[5::97][:300]
-        short, _ = bank.shorten(queries)
-        q, b = short.double(), bank.shorten(bank.rows)[0].double()
-        found = torch.addmm(bank.offsets, short, b.float().T).double() - bank.offsets.double()
+        bank, queries = common.MemoryBank(features[::10], num_axes=0), features[5::97][:300]
+        found = bank.lower_bounds(queries).double()
+        q, b = (queries - bank.center).double(), (bank.rows - bank.center).double()
         unit = q.square().sum(1)[:, None] + b.square().sum(1)
+        exact = unit - 2 * q @ b.T
         unit *= torch.finfo(torch.float32).eps * features.shape[1] ** 0.5
-        worst = (2 * (found - q @ b.T).abs() / unit).max()
+        worst = ((found + 8 * unit - exact).abs() / unit).max()
         print(f"largest error of a bound, {features.shape[1]} columns: {worst:.2f} units")
 
 
@@ -340,8 +367,8 @@ batches = engine.predict(model=model, datamodule=data, return_predictions=True)
 paths = [Path(p) for b in batches for p in b.image_path]
 scores = torch.cat([b.pred_score.flatten() for b in batches])
 maps = torch.cat([b.anomaly_map.reshape(-1, 224, 224) for b in batches])
-test = common.load_split(paths, 256, 224)
-pixels = common.pixel_metrics(maps, test.regions)
+test, _ = common.load_split(paths, 256, 224)
+pixels = common.pixel_auroc(maps, test.masks), common.au_pro(maps, test.regions)
 print("\\n" + json.dumps([common.image_auroc(scores, test.labels), *pixels]))
 """
 
@@ -362,7 +389,7 @@ def benchmark_peers(options):
             command = [sys.executable, conftest.SCRIPTS["patchcore"], "--data", data, "--out", out]
             *used, _ = resources(*command, "--backbone", "efficientnet_lite0")
             metrics = json.loads(Path(out, "patchcore", "metrics.json").read_text())
-            show_peer("04_patchcore.py", [metrics[name] for name in common.FIGURES], used)
+            show_peer("04_patchcore.py", [metrics[name] for name in common.METRICS], used)
     rows, size = projected_features(drawn_pills(60), 209_328), 20_933
     seconds(partial(common.greedy_coreset, rows[:9000], 100))
     print(f"\ncoreset, {size} of {len(rows)} x 128: ours {time_of_ours(rows, size):.1f} s")
@@ -424,7 +451,7 @@ def covering_radii(rows, picks, size=0):
 
 def projected_features(folder: Path, rows: int):
     """(rows, 128) float32: projected wide features of a folder's normal images."""
-    features = wide_features(pixels_of(sorted(folder.glob("train/good/*")))).flatten(0, 2)
+    features = wide_features(images_of(sorted(folder.glob("train/good/*")))).flatten(0, 2)
     chosen = torch.linspace(0, len(features) - 1, rows).long()
     return patchcore.project(features[chosen].contiguous(), 0).to(DEVICE)
 
@@ -513,6 +540,9 @@ def main():
     parser.add_argument("--only", nargs="+", choices=[*parts, *long], default=list(parts))
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--photos", type=int, nargs="+", default=[50, 267], help="of the run part")
+    parser.add_argument("--coreset", type=float, nargs="+", default=[0.1], help="of the run part")
+    parser.add_argument("--backbone", default="resnet50", help="of the run part")
+    parser.add_argument("--resize", type=int, default=256, help="of the run part")
     parser.add_argument(
         "--methods", nargs="+", default=list(conftest.SCRIPTS), choices=conftest.SCRIPTS
     )
