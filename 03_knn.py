@@ -42,8 +42,8 @@ def fit(images, backbone, neighbors=5) -> common.Fitted:
         reason = f"there are {len(bank)} normal images: lower it"
         raise common.UserError(f"--neighbors {neighbors}: {reason}")
     # Small copies of the images, to show the nearest ones in the pictures, also after --load.
-    small = [common.resize(part.float(), (112, 112)).round().byte() for part in images.split(64)]
-    thumbnails = torch.cat(small).permute(0, 2, 3, 1).contiguous()
+    small = common.thumbnails(images, 112).round().byte()
+    thumbnails = small.permute(0, 2, 3, 1).contiguous()
     state = {"bank": bank.cpu(), "thumbnails": thumbnails, "neighbors": neighbors}
     # A new image is not in the bank. So a normal one must not find itself there: it is one of its
     # own k + 1 neighbors, at distance 0.

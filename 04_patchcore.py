@@ -47,11 +47,11 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.random_projection import GaussianRandomProjection
-from torchvision.io import decode_jpeg, encode_jpeg
+from torchvision.transforms.functional import crop
+from torchvision.utils import draw_bounding_boxes
 
 LAYERS = ["layer2", "layer3"]
 CALIBRATION = 100  # normal images that set the threshold; each takes as long as a test image
-PHOTOS_SIZE = 10 * 2**20  # bytes of the small normal photos in a saved model
 
 
 def add_options(add):
@@ -96,8 +96,15 @@ def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> co
     projected = project(rows, seed).to(backbone.device)  # (N * h * w, 128)
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
     picks = cover.picks.cpu()
-    state = {"bank": rows[picks], "origin": picks, "layers": layers, "neighbors": neighbors}
-    state["photos"] = small_photos(images)
+    bank = rows[picks]  # M_C
+    photos = small_photos(images, room=max(10 * 2**20, bank.nbytes // 5))
+    state = {
+        "bank": bank,
+        "origin": picks,
+        "photos": photos,
+        "layers": layers,
+        "neighbors": neighbors,
+    }
 
     draw = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(images), generator=draw)
@@ -254,17 +261,10 @@ def refill(bank, projected, in_hole, radius) -> torch.Tensor:
 # ------------------------------------------------------------------ what is ours: pictures
 
 
-def small_photos(images: torch.Tensor) -> list[torch.Tensor]:
-    """The normal images as JPEG files, as small as it takes to stay within PHOTOS_SIZE."""
-    side = images.shape[2]
-    while True:
-        photos = []
-        for image in images:
-            small = common.resize(image[None].float(), (side, side))[0]
-            photos.append(encode_jpeg(small.round().byte()))
-        if sum(map(len, photos)) <= PHOTOS_SIZE or side <= 16:
-            return photos
-        side //= 2
+def small_photos(images: torch.Tensor, room: int) -> torch.Tensor:
+    """The normal images, (N, 3, side, side) uint8, as small as it takes to fit into `room` bytes."""
+    side = int((room / (3 * len(images))) ** 0.5)
+    return common.thumbnails(images, min(side, images.shape[2])).round().byte()
 
 
 def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> common.Tiles:
@@ -279,8 +279,8 @@ def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> common
     cells = origin % grid.numel()
     tiles = []
     for image, worst, photo, cell in zip(images, scored.worst, photos, cells, strict=True):
-        normal = decode_jpeg(state["photos"][photo])
-        normal = common.resize(normal[None].float(), image.shape[1:])[0].byte()
+        small = state["photos"][photo][None].float()
+        normal = common.resize(small, image.shape[1:])[0].round().byte()  # (3, S, S)
         left, right = around(image, worst, grid, window), around(normal, cell, grid, window)
         tiles.append(torch.cat([left, right], dim=2).permute(1, 2, 0))
     captions = [f"s* {s_star:.4g}" for s_star in scored.s_star]
@@ -288,21 +288,13 @@ def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> common
 
 
 def around(image: torch.Tensor, cell: torch.Tensor, grid, window: int) -> torch.Tensor:
-    """(3, 2 * window, window) pixels around a cell of the grid, which is outlined, or what fits."""
-    side = image.shape[1]
-    pixels = side / torch.tensor(grid)  # (2,) of a cell
-    corner = torch.stack([cell // grid[1], cell % grid[1]]) * pixels
-    top, left = corner.int().tolist()
-    bottom, right = (corner + pixels).int().tolist()
-    outlined = image.clone()
-    outlined[:, top:bottom, left:right] = 255
-    outlined[:, top + 1 : bottom - 1, left + 1 : right - 1] = image[
-        :, top + 1 : bottom - 1, left + 1 : right - 1
-    ]
-    height, width = min(2 * window, side), min(window, side)
-    y = min(max((top + bottom - height) // 2, 0), side - height)
-    x = min(max((left + right - width) // 2, 0), side - width)
-    return outlined[:, y : y + height, x : x + width]
+    """(3, 2 * window, window) pixels around a cell of the grid, which is outlined; black beyond."""
+    side = image.shape[1] / grid[0]  # of the cell, in pixels
+    top, left = float(cell // grid[1] * side), float(cell % grid[1] * side)
+    box = torch.tensor([[left, top, left + side - 1, top + side - 1]])
+    outlined = draw_bounding_boxes(image, box, colors="white")
+    y, x = int(top + side / 2) - window, int(left + side / 2) - window // 2
+    return crop(outlined, y, x, 2 * window, window)
 
 
 def draw_coreset(cloud, picks, count: int, seed: int):

@@ -417,21 +417,20 @@ def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np
     nearest training image, or at least to the third. Bursts of one part had 0.008 to 0.046 of the
     usual distance, photos of different parts 0.24 and more.
     """
-    originals = thumbnails(train)
+    originals, others = (thumbnails(images, 32).flatten(1).double() for images in (train, test))
     rank = max(3, len(train) // 8)
     is_original = torch.zeros(len(train), dtype=torch.bool)
     for number, close in enumerate(
         near_rows(originals, originals, rank + 1)
     ):  # itself is the first
         is_original[number] = not (close & is_original).any()
-    is_known = [bool(close.any()) for close in near_rows(thumbnails(test), originals, rank)]
+    is_known = [bool(close.any()) for close in near_rows(others, originals, rank)]
     return ~is_original.numpy(), np.array(is_known, dtype=bool)
 
 
-def thumbnails(images: torch.Tensor) -> torch.Tensor:
-    """(N, 3, S, S) uint8 to (N, 3 * 32 * 32) float64."""
-    small = [resize(part.float(), (32, 32)).flatten(1) for part in images.split(64)]
-    return torch.cat(small).double()
+def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
+    """(N, 3, S, S) uint8 to (N, 3, side, side) float32."""
+    return torch.cat([resize(part.float(), (side, side)) for part in images.split(64)])
 
 
 def near_rows(queries: torch.Tensor, rows: torch.Tensor, rank: int):
@@ -1515,7 +1514,7 @@ def draw_examples(run: Run, test: Split, result: Result) -> None:
     rows = []
     for kind in in_order(test.kinds):
         of_kind = np.flatnonzero(test.kinds == kind)
-        order = np.argsort(result.scores[of_kind], stable=True)
+        order = np.asarray(result.scores)[of_kind].argsort(kind="stable")
         cells = []
         for i in dict.fromkeys([of_kind[order[-1]], of_kind[order[0]]]):  # one if they are the same
             photo, *shown = cells_of(run, result, i, test.images[i], drawable(kind))
@@ -1627,6 +1626,13 @@ def load_model(path: Path, method: str | None = None) -> dict:
     return model
 
 
+def check_weights(model: dict, backbone) -> None:
+    """Raises UserError for another backbone than the one that the model was fitted with."""
+    if model["fingerprint"] != backbone.fingerprint:
+        own = f"{model['weights']}, of other content than these"
+        raise UserError(f"--weights: the saved model was fitted with {own}: pass the same")
+
+
 def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=0.05):
     """A saved model as a function of one photo, for Python: photo -> (verdict, score, map).
 
@@ -1639,7 +1645,7 @@ def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=0.05
     settings = argparse.Namespace(**model["settings"])
     weights = weights or settings.weights
     backbone = load_backbone(settings.backbone, weights, settings.seed, device)
-    check_fingerprint(path, model, backbone, weights)
+    check_weights(model, backbone)
     detect = detector(model["state"], backbone)
     threshold, _ = thresholds(model, false_alarm_rate)
 
@@ -1652,13 +1658,6 @@ def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=0.05
         return verdict, score, None if result.maps is None else result.maps[0]
 
     return judge
-
-
-def check_fingerprint(path, model: dict, backbone, weights: str) -> None:
-    if model["fingerprint"] != backbone.fingerprint:
-        raise UserError(
-            f"--weights {weights}: not those that {path} was fitted with: pass the same"
-        )
 
 
 def predict(run: Run, detect) -> None:
@@ -1844,7 +1843,7 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
 
     fitted = None
     if model:
-        check_fingerprint(options.load, model, backbone, weights)
+        check_weights(model, backbone)
     else:
         start = time.perf_counter()
         settings = {name: vars(options)[name] for name in defaults_of(fit)}
@@ -1861,7 +1860,7 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     detect = detector(model["state"], backbone)
     if test.paths:
         report(run, test, detect)
-    elif options.data and not options.save and not options.predict:
+    elif not options.save and not options.predict:
         names = ", ".join(sorted(path.name for path in options.data.iterdir()))
         note(f"{options.data}/test: holds no image to evaluate on; {options.data} holds {names}")
     if options.predict:
@@ -1891,10 +1890,9 @@ def save_model(model: dict, path: Path | None) -> None:
     if path is None:
         note("the fitted model is not kept: add --save FILE to judge photos with it later")
         return
-    former = ", in place of a former file" if path.exists() else ""
     with atomic(path) as unfinished, open(unfinished, "wb") as file:
         torch.save(model, file)
-    note(f"saved {path}{former}")
+    note(f"saved {path}")
 
 
 def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
@@ -1947,23 +1945,22 @@ def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
     add("--load", type=Path, help="use a saved model instead of fitting")
     add("--predict", type=Path, nargs="+", help="photos to judge: CSV to stdout")
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
-    rate = number(float, 1e-6, 0.5)
-    share = "share of normal images that the threshold may report (0.05)"
-    add("--false-alarm-rate", type=rate, default=0.05, help=share)
-    batch = number(int, 1, 4096)
-    add("--batch-size", type=batch, default=16, help="images of 224 x 224 at once (16)")
+    rate = "share of normal images that the threshold may report (0.05)"
+    add("--false-alarm-rate", type=number(float, 1e-6, 0.5), default=0.05, help=rate)
+    batch = "images of 224 x 224 at once (16)"
+    add("--batch-size", type=number(int, 1, 4096), default=16, help=batch)
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
     add("--weights", default="imagenet", help="imagenet (default), random or FILE.pth")
     resnets = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
     names = "any torchvision ResNet (resnet50) or efficientnet_lite0 (default of the practice pill)"
     add("--backbone", choices=[*resnets, "efficientnet_lite0"], metavar="B", help=names)
-    size = number(int, 32, 4096)
-    add("--resize", type=size, default=256, help="shorter side in pixels (256)")
-    side = number(int, 0, 4096)
-    add("--crop", type=side, default=224, help="center (224); 0: the whole photo")
-    bits = number(int, 8, 16)
-    add("--bits", type=bits, default=16, help="that a file of over 8 bits uses (16)")
+    size = "shorter side in pixels (256)"
+    add("--resize", type=number(int, 32, 4096), default=256, help=size)
+    center = "the square that is cut from the center (224); 0: the whole photo is squeezed"
+    add("--crop", type=number(int, 0, 4096), default=224, help=center)
+    bits = "how many bits of a deeper file are in use (16)"
+    add("--bits", type=number(int, 8, 16), default=16, help=bits)
     add("--seed", type=number(int, 0, 2**32 - 1), default=0)
     add_options(add)
     parser.set_defaults(**defaults_of(fit))
