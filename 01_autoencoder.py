@@ -25,20 +25,20 @@ import common
 import torch
 from torch import nn
 
-# differs from the paper: it takes 128 or 256 pixels; 64 take minutes less on a processor.
+# differs from the paper: image size: it takes 128 or 256 pixels; 64 take minutes less.
 SIDE = 64  # pixels
 BATCH = 16  # images of a training step: part of the method, which --batch-size is not
 
 
 def add_options(add):
-    # Chosen by AUROC on the practice pill's own test images, so its row there is a little too good.
-    # differs from the paper: a smaller network, and one cycle of a higher rate instead of the
-    # constant 1e-4: minutes, not hours.
-    size, count = common.number(int, 1, 4096), common.number(int, 2, 10**9)
-    add("--latent", type=size, metavar="N", help="numbers in the bottleneck (64)")
-    add("--steps", type=count, metavar="N", help="training steps (1500)")
+    # These defaults were chosen by AUROC on the practice pill's own test images, so that the
+    # method's row there is a little too good.
+    # differs from the paper: network and training: a smaller network, and one cycle of a higher
+    # rate instead of the constant 1e-4. It takes minutes, not hours.
+    add("--latent", type=common.number(int, 1, 4096), help="numbers in the bottleneck (64)")
+    add("--steps", type=common.number(int, 2, 10**9), help="training steps (1500)")
     rate = common.number(float, 1e-12, 1e38)
-    add("--learning-rate", type=rate, metavar="R", help="at its highest (0.002)")
+    add("--learning-rate", type=rate, help="the highest of the cycle (0.002)")
     add("--backbone", choices=["none"], default="none", help="none: it sees the pixels themselves")
 
 
@@ -137,10 +137,12 @@ def score(network, device, images: torch.Tensor) -> common.Result:
         errors.append((originals - drawn).square().mean(dim=1).cpu())  # (B, 64, 64)
         drawings.append((255 * drawn).round().byte().permute(0, 2, 3, 1).cpu())
     grids = torch.cat(errors)
-    # differs from the paper: blurred like the other methods' maps, and not scaled to 0 and 1.
+    # differs from the paper: map: it is blurred like the other methods' maps, so that they compare,
+    # and it is not scaled to 0 and 1.
     maps = common.to_maps(grids, images.shape[2])
-    # differs from the paper: the image score is the mean over the image, because the largest single
-    # error is a speckle, on normal pills as well, while all errors of a defect together stand out.
+    # differs from the paper: image score: it is the mean over the image, not the maximum. The
+    # largest single error is a speckle, on normal pills as well, while all errors of a defect
+    # together stand out.
     scores = grids.mean(dim=(1, 2))
     reconstructions = common.Tiles("reconstruction", [""] * len(images), torch.cat(drawings))
     return common.Result(scores, maps, [reconstructions])

@@ -30,14 +30,14 @@ LAYERS = ["layer2", "layer3"]
 
 
 def add_options(add):
-    # differs from the paper: two stages of a ResNet instead of twelve layers of VGG19, on the
-    # center crop of 224 pixels instead of all of 256; 1000 steps, and a rate that rises and falls
-    # instead of the constant 1e-4.
+    # differs from the paper: layers: two stages of a ResNet instead of twelve layers of VGG19, on
+    # the center crop of 224 pixels instead of all of 256.
     add("--layers", nargs="+", choices=common.STAGES[2:], metavar="LAYER", help="(layer2 layer3)")
-    count = common.number(int, 2, 10**9)
-    add("--steps", type=count, metavar="N", help="training steps (1000)")
+    # differs from the paper: training: 1000 steps instead of 700 epochs, and a learning rate that
+    # rises and falls instead of the constant 1e-4.
+    add("--steps", type=common.number(int, 2, 10**9), help="training steps (1000)")
     rate = common.number(float, 1e-12, 1e38)
-    add("--learning-rate", type=rate, metavar="R", help="the highest of the cycle (0.003)")
+    add("--learning-rate", type=rate, help="the highest of the cycle (0.003)")
 
 
 def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -45,9 +45,9 @@ def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:
 
     outputs: per layer (B, C, h, w), finest first. Returns (B, C summed over layers, h, w).
     """
-    # differs from the paper: it brings the layers to the image's size and averages over cells of
-    # 4 x 4 pixels, without padding; here 3 x 3 cells of the finest layer, padded with zeros. That
-    # is coarser, and a quarter of the memory.
+    # differs from the paper: regions: it brings the layers to the image's size and averages over
+    # 4 x 4 pixels, without padding. Here it is 3 x 3 cells of the finest layer, padded with zeros:
+    # coarser, and about a quarter of the memory.
     aligned = [common.resize(output, outputs[0].shape[2:]) for output in outputs]
     stacked = torch.cat(aligned, dim=1)  # ResNet50: (B, 512 + 1024, 28, 28)
     return nn.functional.avg_pool2d(stacked, 3, 1, padding=1)
@@ -95,8 +95,9 @@ def fit(
     regions = common.collect(batches, len(trained), backbone.scratch).flatten(
         0, 2
     )  # (n * h * w, C)
-    # differs from the paper: every channel is brought to mean 0 and about the same variance, lest
-    # the few with large values decide alone; what is added to the deviation keeps dead ones quiet.
+    # differs from the paper: standardization: every channel is brought to mean 0 and about the same
+    # variance, lest the few with large values decide alone. A tenth of the mean deviation is added,
+    # so that dead channels stay quiet.
     mean = regions.mean(dim=0)
     regions -= mean  # in place: the regions fill most of the memory
     deviation = torch.linalg.vector_norm(regions, dim=0) / len(regions) ** 0.5
@@ -106,6 +107,8 @@ def fit(
     regions /= deviation
 
     torch.manual_seed(seed)
+    # differs from the paper: d: it is found from standardized features of 20,000 regions; the
+    # paper's code takes the raw features of ten images. That makes 31 here for its 25.
     d = latent_size(regions[torch.randperm(len(regions))[:20000]])
     network = build_autoencoder(regions.shape[1], d).to(backbone.device)
     # The learning rate rises to its highest, then falls to zero: one cycle.
@@ -113,8 +116,8 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     losses = torch.zeros(steps)
     for step in common.progress(range(steps), "fit: train"):
-        # differs from the paper: a step takes 1024 regions of all images, not all regions of
-        # four, which are much alike.
+        # differs from the paper: batches: a step takes 1024 regions of all images, not all regions
+        # of four images, which are much alike.
         batch = regions[torch.randint(len(regions), (1024,))].to(backbone.device)  # (1024, C)
         loss = nn.functional.mse_loss(network(batch), batch)
         optimizer.zero_grad()
@@ -129,6 +132,8 @@ def fit(
 
     weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     state = {"d": d, "mean": mean, "deviation": deviation, "weights": weights, "layers": layers}
+    # differs from the paper: threshold: it comes from the scores of images that were held out; the
+    # paper's code takes it from the pixels of the training images' maps.
     result = detector(state, backbone)(images[held_out])
     figures = {"loss.png": partial(common.draw_losses, losses)}
     return common.Fitted(state, held_out, result, figures)
@@ -151,8 +156,8 @@ def score(state: dict, backbone, network, images: torch.Tensor) -> common.Result
         features = (regions - mean) / deviation
         drawn = network(features.flatten(0, 2)).view_as(features)
         errors.append((features - drawn).square().mean(dim=3).cpu())  # (B, h, w)
-    # differs from the paper: blurred like the other methods' maps, so that they compare; and the
-    # score is the highest value of this blurred map.
+    # differs from the paper: map and score: the map is blurred like the other methods' maps, so
+    # that they compare, and the score is the highest value of this blurred map.
     maps = common.to_maps(torch.cat(errors), images.shape[2])
     return common.Result(maps.amax(dim=(1, 2)), maps, [])
 

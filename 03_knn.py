@@ -22,9 +22,9 @@ import torch
 
 
 def add_options(add):
-    # differs from the paper: k = 5 instead of 2.
+    # differs from the paper: k: 5 nearest images instead of 2.
     count = common.number(int, 1, 10**9)
-    add("--neighbors", type=count, metavar="N", help="k, the nearest normal images (5)")
+    add("--neighbors", type=count, help="k, the nearest normal images (5)")
 
 
 def embed(images: torch.Tensor, backbone, description: str) -> torch.Tensor:
@@ -63,7 +63,8 @@ def average(distances: torch.Tensor, indices: torch.Tensor, state: dict) -> comm
         captions = [f"distance {distance:.3g}" for distance in distances[:, rank]]
         title = ["nearest normal", "2nd nearest", "3rd nearest"][rank]
         pictures.append(common.Tiles(title, captions, state["thumbnails"][photos], photos))
-    # differs from the paper: it averages squared distances, so that one far neighbor weighs more.
+    # differs from the paper: distance: it averages squared distances, by which one far neighbor
+    # weighs more.
     return common.Result(distances.cpu().mean(dim=1), None, pictures)
 
 

@@ -57,8 +57,8 @@ CALIBRATION = 100  # normal images that set the threshold; each takes as long as
 def add_options(add):
     share = common.number(float, 1e-9, 1)
     count = common.number(int, 1, 10**9)
-    add("--coreset", type=share, metavar="R", help="share of the patch features kept (0.1)")
-    add("--neighbors", type=count, metavar="N", help="b of equation 7; 1: s* itself (9)")
+    add("--coreset", type=share, help="share of the patch features that the bank keeps (0.1)")
+    add("--neighbors", type=count, help="b of equation 7 (9); 1: the score is s* itself")
     add("--layers", nargs="+", choices=common.STAGES[2:], metavar="LAYER", help="(layer2 layer3)")
 
 
@@ -75,25 +75,28 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
     for output in outputs:
         # f_agg (equation 2): the average over the 3 x 3 neighborhood, so that a patch feature sees
         # more than its own cell and small shifts change it little. Zeros pad the border.
-        # differs from the paper: its code averages the C x 9 numbers of a neighborhood, in order,
-        # to 1024 per layer, and then those of both layers to 1024. The README has what it changes.
+        # differs from the paper: pooling: its code averages the C x 9 numbers of a neighborhood, in
+        # order, to 1024 per layer, and then those of both layers to 1024. The README says what that
+        # changes.
         averaged = torch.nn.functional.avg_pool2d(output, 3, 1, padding=1)
         parts.append(common.resize(averaged, finest))
     return torch.cat(parts, dim=1).permute(0, 2, 3, 1)  # ResNet50: (B, 28, 28, 512 + 1024)
 
 
-# differs from the paper: ResNet50 by default, not WideResNet50, for time and memory. It tries 1 %,
-# 10 % and 25 % for the coreset, and leaves b open.
+# differs from the paper: backbone: ResNet50 by default, not WideResNet50, for time and memory. The
+# paper tries 1 %, 10 % and 25 % for the coreset, and leaves b open.
 def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> common.Fitted:
     """Section 3.2, algorithm 1: the memory bank of normal images (N, 3, S, S) uint8."""
     batches = map(patch_features, common.extract(backbone, layers, images, "fit: features"))
     features = common.collect(batches, len(images), backbone.scratch)  # (N, h, w, C)
     rows = features.flatten(0, 2)  # M: (N * h * w, C)
-    # differs from the paper: its code takes the integer part where this rounds.
+    # differs from the paper: size: its code takes the integer part, and this rounds.
     size = max(1, round(coreset * len(rows)))
     if neighbors > size:
         raise common.UserError(f"--neighbors {neighbors}: the memory bank holds {size} rows")
     projected = project(rows, seed).to(backbone.device)  # (N * h * w, 128)
+    # differs from the paper: start: its code first picks the row that is farthest from ten random
+    # rows on average. Here the first pick is drawn from the seed.
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
     picks = cover.picks.cpu()
     bank = rows[picks]  # M_C
@@ -106,15 +109,17 @@ def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> co
         "neighbors": neighbors,
     }
 
-    draw = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(images), generator=draw)
-    calibration = shuffled[:CALIBRATION].sort().values
+    calibration = shuffled(len(images), seed)[:CALIBRATION].sort().values
     result = leave_one_out(images, features, projected, cover, calibration, state)
-    cloud = projected[
-        torch.randperm(len(rows), generator=draw.manual_seed(seed))[:20000].to(projected.device)
-    ]
-    figure = partial(draw_coreset, cloud.cpu(), projected[cover.picks].cpu(), len(rows), seed)
+    sample = shuffled(len(rows), seed)[:20000].to(projected.device)
+    cloud = projected[sample].cpu()
+    figure = partial(draw_coreset, cloud, projected[cover.picks].cpu(), len(rows), seed)
     return common.Fitted(state, calibration, result, {"coreset.png": figure})
+
+
+def shuffled(count: int, seed: int) -> torch.Tensor:
+    """The numbers below `count` in a random order."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def project(rows: torch.Tensor, seed: int) -> torch.Tensor:
@@ -124,7 +129,8 @@ def project(rows: torch.Tensor, seed: int) -> torch.Tensor:
     """
     if rows.shape[1] <= 128:
         return rows
-    # differs from the paper: its code takes a linear layer as torch initializes it, not a Gaussian.
+    # differs from the paper: projection: its code takes a linear layer as torch initializes it, so
+    # uniform numbers and not Gaussian ones.
     projection = GaussianRandomProjection(128, random_state=seed)
     matrix = projection.fit(np.zeros((1, rows.shape[1]), np.float32)).components_  # (128, C)
     return rows @ torch.from_numpy(matrix.T).to(rows)
@@ -146,7 +152,7 @@ def score_patches(features: torch.Tensor, bank: common.MemoryBank, b: int) -> Sc
     features: (B, h, w, C). b: of equation 7, at most the rows of the bank.
     """
     patches = features.flatten(1, 2)  # (B, h * w, C)
-    # differs from the paper: its code takes FAISS's squared distances.
+    # differs from the paper: distances: its code takes FAISS's squared ones.
     distances, indices = bank.nearest(patches.flatten(0, 1))  # (B * h * w, 1)
     distances = distances.view(patches.shape[:2])
     image = torch.arange(len(patches), device=patches.device)
@@ -157,7 +163,7 @@ def score_patches(features: torch.Tensor, bank: common.MemoryBank, b: int) -> Sc
     m_star = bank.rows[nearest]  # (B, C)
     # Equation 7: where the bank is sparse around m*, the rows around it are far from m_test, and s*
     # counts in full. Where they are as near to m_test, s* counts for less.
-    # differs from the paper: its code has no equation 7, as with b = 1 here.
+    # differs from the paper: equation 7: its code leaves it out, as b = 1 does here.
     weight = 1.0
     if b > 1:
         _, around = bank.nearest(m_star, b)  # (B, b); the first one is m* itself
@@ -214,31 +220,28 @@ def leave_one_out(images, features, projected, cover, calibration, state) -> com
     """
     rows = features.flatten(0, 2)
     patches = features.shape[1] * features.shape[2]  # of an image
-    owner = torch.arange(len(rows), device=cover.picks.device) // patches  # (N * h * w,) the image
+    owner = torch.arange(len(rows), device=projected.device) // patches  # (N * h * w,) the image
     pick_owner = owner[cover.picks]  # (size,)
     radius = cover.distances.max()
     coreset = common.MemoryBank(projected[cover.picks])
-    refills = []
+    origins, serves = [cover.picks], [torch.full_like(cover.picks, -1)]  # -1: the coreset, for all
     for image in calibration.tolist():
         in_hole = (pick_owner[cover.assignment] == image) & (owner != image)
         bank = coreset.only(pick_owner != image)
-        refills.append(refill(bank, projected, in_hole.nonzero()[:, 0], radius))
-    # One bank serves all: the coreset, then the refills, image by image.
-    origin = torch.cat([cover.picks, *refills]).cpu()
-    memory = common.MemoryBank(rows[origin].to(projected.device))
-    counts = torch.tensor([len(added) for added in refills])
-    serves = torch.cat(
-        [torch.full_like(cover.picks.cpu(), -1), calibration.repeat_interleave(counts)]
-    )
+        added = refill(bank, projected, in_hole.nonzero()[:, 0], radius)
+        origins.append(added)
+        serves.append(torch.full_like(added, image))
+    # One bank holds the coreset and all refills; each image is judged by the rows that serve it.
+    origin = torch.cat(origins)  # of which row of M each row is
+    served = torch.cat(serves)
+    bank = common.MemoryBank(rows[origin.cpu()].to(projected.device))
     batches = []
     for image in common.progress(calibration.tolist(), "fit: judge images as if new"):
-        keep = torch.where(serves < 0, owner.cpu()[origin] != image, serves == image).to(
-            projected.device
-        )
+        keep = (owner[origin] != image) & ((served == -1) | (served == image))
         b = min(state["neighbors"], int(keep.sum()))
         new = features[image : image + 1].to(projected.device)
-        batches.append(score_patches(new, memory.only(keep), b))
-    return result_of(images[calibration], batches, origin, state)
+        batches.append(score_patches(new, bank.only(keep), b))
+    return result_of(images[calibration], batches, origin.cpu(), state)
 
 
 def refill(bank, projected, in_hole, radius) -> torch.Tensor:
@@ -262,7 +265,7 @@ def refill(bank, projected, in_hole, radius) -> torch.Tensor:
 
 
 def small_photos(images: torch.Tensor, room: int) -> torch.Tensor:
-    """The normal images, (N, 3, side, side) uint8, as small as it takes to fit into `room` bytes."""
+    """The normal images, (N, 3, side, side) uint8, small enough to fit into `room` bytes."""
     side = int((room / (3 * len(images))) ** 0.5)
     return common.thumbnails(images, min(side, images.shape[2])).round().byte()
 
@@ -273,15 +276,16 @@ def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> common
     origin: (n,) which row of M each m* is.
     """
     grid = scored.distances.shape[1:]
-    coarsest = max(state["layers"])  # its cells are 16 pixels wide if it is layer3, and so on
-    window = max(48, 3 * 2 ** (int(coarsest[-1]) + 1))  # what f_agg averages over
+    stride = 2 ** (int(max(state["layers"])[-1]) + 1)  # of the coarsest layer: 16 if it is layer3
+    window = max(48, 3 * stride)  # pixels that f_agg averages over
     photos = origin // grid.numel()
     cells = origin % grid.numel()
     tiles = []
     for image, worst, photo, cell in zip(images, scored.worst, photos, cells, strict=True):
         small = state["photos"][photo][None].float()
         normal = common.resize(small, image.shape[1:])[0].round().byte()  # (3, S, S)
-        left, right = around(image, worst, grid, window), around(normal, cell, grid, window)
+        left = around(image, worst, grid, window)
+        right = around(normal, cell, grid, window)
         tiles.append(torch.cat([left, right], dim=2).permute(1, 2, 0))
     captions = [f"s* {s_star:.4g}" for s_star in scored.s_star]
     return common.Tiles("compared", captions, torch.stack(tiles), photos)
@@ -290,11 +294,13 @@ def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> common
 def around(image: torch.Tensor, cell: torch.Tensor, grid, window: int) -> torch.Tensor:
     """(3, 2 * window, window) pixels around a cell of the grid, which is outlined; black beyond."""
     side = image.shape[1] / grid[0]  # of the cell, in pixels
-    top, left = float(cell // grid[1] * side), float(cell % grid[1] * side)
-    box = torch.tensor([[left, top, left + side - 1, top + side - 1]])
-    outlined = draw_bounding_boxes(image, box, colors="white")
-    y, x = int(top + side / 2) - window, int(left + side / 2) - window // 2
-    return crop(outlined, y, x, 2 * window, window)
+    top = float(cell // grid[1]) * side
+    left = float(cell % grid[1]) * side
+    box = [left, top, left + side - 1, top + side - 1]
+    outlined = draw_bounding_boxes(image, torch.tensor([box]), colors="white")
+    middle_y = int(top + side / 2)
+    middle_x = int(left + side / 2)
+    return crop(outlined, middle_y - window, middle_x - window // 2, 2 * window, window)
 
 
 def draw_coreset(cloud, picks, count: int, seed: int):
@@ -304,23 +310,21 @@ def draw_coreset(cloud, picks, count: int, seed: int):
     picks: (size, 128), in the order picked. count: of all features.
     """
     plane = PCA(2, random_state=seed).fit(cloud[:5000])
+    cloud_x, cloud_y = plane.transform(cloud).T
     x, y = plane.transform(picks).T
     figure = common.Figure(figsize=(10.5, 3.9))
     room = {"left": 0.01, "right": 0.92, "bottom": 0.02, "top": 0.83, "wspace": 0.04}
     axes = figure.subplots(1, 3, sharex=True, sharey=True, gridspec_kw=room)
-    norm = common.matplotlib.colors.LogNorm(1, len(picks))
+    dots = {"cmap": "viridis", "norm": common.matplotlib.colors.LogNorm(1, len(picks)), "s": 7}
     for axis, share in zip(axes, (0.01, 0.1, 1), strict=True):
         first = max(1, round(share * len(picks)))
-        axis.scatter(
-            *plane.transform(cloud).T, s=1, color="lightgray", linewidths=0, rasterized=True
-        )
         order = np.arange(first)[::-1]  # the first picks on top
-        dots = axis.scatter(
-            x[order], y[order], s=7, c=order + 1, cmap="viridis", linewidths=0, norm=norm
-        )
+        axis.scatter(cloud_x, cloud_y, s=1, color="lightgray", linewidths=0, rasterized=True)
+        points = axis.scatter(x[order], y[order], c=order + 1, linewidths=0, **dots)
         axis.set(xticks=[], yticks=[], title=f"the first {first:,} picks")
     axis.set_title(f"the memory bank: {len(picks):,} of {count:,}")
-    figure.colorbar(dots, figure.add_axes((0.935, 0.1, 0.012, 0.65)), label="order of the picks")
+    bar = figure.add_axes((0.935, 0.1, 0.012, 0.65))
+    figure.colorbar(points, bar, label="order of the picks")
     return figure
 
 

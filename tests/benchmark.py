@@ -27,8 +27,11 @@ import conftest  # makes the scripts importable
 # isort: split
 import common
 
+import numpy as np
 import torch
 from draw_practice_pill import draw_practice_pill
+from matplotlib.patches import ConnectionPatch
+from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 patchcore = importlib.import_module("04_patchcore")
@@ -258,6 +261,60 @@ def authors_pooling(outputs):
         parts.append(torch.nn.functional.adaptive_avg_pool1d(near.flatten(1, 2), 1024))
     both = torch.nn.functional.adaptive_avg_pool1d(torch.cat(parts, 2), 1024)
     return both.unflatten(1, size)
+
+
+def in_colors(grid):
+    """(h, w, C) features as colors, by their three principal axes."""
+    values = PCA(3).fit_transform(grid.reshape(-1, grid.shape[-1]))
+    low, high = np.percentile(values, [2, 98], axis=0)
+    return np.clip((values - low) / (high - low), 0, 1).reshape(*grid.shape[:2], 3)
+
+
+def benchmark_schematic(options):
+    """schematic.png: PatchCore on a practice pill, from the photo to the map."""
+    train, test = common.load_data(conftest.ROOT / "tests" / "practice_pill")
+    backbone = common.load_backbone("efficientnet_lite0", device=DEVICE)
+    fitted = patchcore.fit(train.images, backbone)
+    i = int((test.kinds == "color").argmax())
+    result = patchcore.detector(fitted.state, backbone)(test.images[i : i + 1])
+    (outputs,) = common.extract(backbone, patchcore.LAYERS, test.images[i : i + 1])
+    layers = [output[0].permute(1, 2, 0).cpu().numpy() for output in outputs]
+    features = patchcore.patch_features(outputs)[0].cpu().numpy()
+    cloud, picks = fitted.figures["coreset.png"].args[:2]
+    plane = PCA(2, random_state=0).fit(cloud[:5000])
+    figure = common.Figure(figsize=(10, 2.5), dpi=100)
+    panels = [
+        ("photo x", "224 x 224", 0.005, 0.5, 0.135),
+        ("layer2", "28 x 28, 40 channels", 0.175, 0.745, 0.09),
+        ("layer3", "14 x 14, 112 channels", 0.175, 0.245, 0.09),
+        ("patch features", "28 x 28 of 152 numbers", 0.315, 0.5, 0.135),
+        ("memory bank", f"{len(picks):,} of {60 * 784:,} (coreset)", 0.485, 0.5, 0.165),
+        ("nearest row", "m_test and m*", 0.685, 0.5, 0.135),
+        ("anomaly map", f"s* = {result.pictures[0].captions[0][3:]}", 0.855, 0.5, 0.135),
+    ]
+    axes = []
+    for title, shape, left, middle, width in panels:
+        axis = figure.add_axes((left, middle - 2 * width, width, 4 * width))
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(title, fontsize=8, pad=2)
+        axis.set_xlabel(shape, fontsize=6.5, labelpad=2)
+        axes.append(axis)
+    axes[0].imshow(common.as_tile(test.images[i]))
+    axes[1].imshow(in_colors(layers[0]))
+    axes[2].imshow(in_colors(layers[1]))
+    axes[3].imshow(in_colors(features))
+    axes[4].scatter(*plane.transform(cloud).T, s=0.3, color="lightgray", linewidths=0)
+    axes[4].scatter(*plane.transform(picks).T, s=0.8, color="tab:blue", linewidths=0)
+    axes[5].imshow(result.pictures[0].tiles[0].numpy())
+    axes[6].imshow(result.maps[0], cmap="inferno")
+    for start, end in [((0.142, 0.6), (0.172, 0.7)), ((0.142, 0.4), (0.172, 0.3)),
+                       ((0.268, 0.7), (0.312, 0.6)), ((0.268, 0.3), (0.312, 0.4)),
+                       ((0.452, 0.5), (0.482, 0.5)), ((0.652, 0.5), (0.682, 0.5)),
+                       ((0.822, 0.5), (0.852, 0.5))]:  # fmt: skip
+        arrow = {"arrowstyle": "->", "color": "black"}
+        figure.add_artist(ConnectionPatch(start, end, "figure fraction", **arrow))
+    options.figure.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.figure.with_name("schematic.png"), dpi=100, facecolor="white")
 
 
 def unit_weight(score_patches):
@@ -535,7 +592,7 @@ def main():
     parts = {"neighbors": benchmark_neighbors, "memory": benchmark_memory, "run": benchmark_run}
     parts |= {"stages": benchmark_stages, "coreset": benchmark_coreset, "cost": benchmark_cost}
     long = {"peers": benchmark_peers, "picks": benchmark_picks, "threshold": benchmark_threshold}
-    long["remarks"] = benchmark_remarks
+    long |= {"remarks": benchmark_remarks, "schematic": benchmark_schematic}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=[*parts, *long], default=list(parts))
     parser.add_argument("--repeat", type=int, default=5)

@@ -1,5 +1,6 @@
 """Each method's own mathematics: shapes, equations by hand, scikit-learn as the reference."""
 
+import re
 import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ import common
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT, small, small_backbone
+from conftest import ROOT, SCRIPTS, SHORT, small, small_backbone
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
@@ -326,6 +327,21 @@ def test_the_benchmark_starts(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(ROOT / "tests" / "benchmark.py"), run_name="__main__")
     assert "neighbors" in capsys.readouterr().out
+
+
+def test_the_readme_lists_every_difference_that_the_code_marks():
+    marks, listed = set(), set()
+    for path in SCRIPTS.values():
+        for name in re.findall(r"# differs from the paper: ([^:]+):", path.read_text()):
+            marks.add((path.name[:2], name))
+        assert path.read_text().count("differs from the paper") == len(
+            [mark for mark in marks if mark[0] == path.name[:2]]
+        )
+    section = (ROOT / "README.md").read_text().split("## Differences from the papers")[1]
+    for line in section.split("\n## ")[0].splitlines():
+        if cells := re.match(r"\| (\d\d) \| ([^|]+) \|", line):
+            listed.add(cells.groups())
+    assert marks == listed
 
 
 def snippets():
