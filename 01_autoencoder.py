@@ -4,18 +4,19 @@ The idea is older than deep learning; for images like these see Bergmann, Fauser
 Steger: MVTec AD, CVPR 2019, section 4.1 (the L2 autoencoder).
 
 An encoder squeezes an image x through a bottleneck of a few numbers z, and a decoder draws the
-image again from those. Trained on normal images alone, the two learn what all of them share. In
-that little room nothing is left for a defect, so the drawing shows the part as it should be, and
-the difference is the anomaly map:
+image again from those. Trained on normal images alone, the two learn what all of them share. The
+bottleneck has no room for a defect. So the drawing shows the part as it should be, and the
+difference is the anomaly map:
 
     map(x) = mean over the color channels of  (x - decode(encode(x)))^2
 
-Read `build_autoencoder`, `fit` (the loss is the map's mean) and `score`. What to look at: in
-examples.png, the reconstruction: whatever it leaves out stands in the map. In loss.png, whether
+Read `build_autoencoder`, `fit` (the loss is the map's mean) and `score`. Then look at the
+reconstruction in examples.png: whatever it leaves out stands in the map. loss.png shows whether
 training had ended.
-What it cannot do: tell a defect from any other detail that it draws badly. Each speckle of a pill,
-in another place on every image, is an error too, and a faint stain is less of one. Pixels are the
-wrong place to compare; 02 moves the same idea to the features of a network that knows images.
+
+It cannot tell a defect from any other detail that it draws badly. Each speckle of a pill, in
+another place on every image, is an error too, and a faint stain is a smaller one. Pixels are the
+wrong place to compare. 02 moves the same idea to the features of a network that knows images.
 """
 
 from functools import partial

@@ -11,11 +11,12 @@ the region is not one that normal images have:
 
     map(x)[region] = |f - decode(encode(f))|^2 / C
 
-Read `regional_features` and `build_autoencoder` (section III), and `latent_size` for how d is
-found. What to look at: in examples.png, single speckles no longer light up. In loss.png, whether
-the loss has settled.
-What it cannot do: do without training, for every product anew; and what such a network learns to
-redraw is never just what it was shown: some defects are redrawn too. 03 remembers, and learns not.
+Read `regional_features` and `build_autoencoder` (section III), and `latent_size`, which chooses d.
+Then look at examples.png: single speckles no longer light up. loss.png shows whether the loss has
+settled.
+
+It has to be trained for every product anew. And what such a network learns to redraw is never just
+what it was shown, so that it redraws a few defects too. 03 does not learn: it remembers.
 """
 
 from functools import partial

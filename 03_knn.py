@@ -2,16 +2,18 @@
 
 Bergman, Cohen, Hoshen: Deep Nearest Neighbor Anomaly Detection, arXiv:2002.10445 (DN2).
 
-02 had to train a second network to learn which features are normal. Need it? A ResNet trained on
-ImageNet sums up an image in 2048 numbers, the average of its last layer. Keep those of the normal
-images, the memory bank; a new image x is as anomalous as it is far from its k nearest ones:
+02 had to train a second network to learn which features are normal. Is that needed? A ResNet that
+was trained on ImageNet sums up an image in 2048 numbers, the average of its last layer. Keep those
+numbers of all normal images: they are the memory bank. A new image x is as anomalous as it is far
+from its k nearest ones there:
 
     d(x) = 1/k * sum over the k nearest y of  |f(x) - f(y)|     (the paper squares each distance)
 
-Read `embed` (section 3, feature extraction) and `score`. What to look at: in examples.png, each
-image beside its three nearest normal images; the score is how much they differ for the network.
-What it cannot do: see a small defect, which the average over the image drowns, nor say where it is.
-04 keeps the patches apart and can do both.
+Read `embed` (section 3, feature extraction) and `score`. Then look at examples.png: it shows each
+image beside its three nearest normal images, and the score is how much they differ for the network.
+
+It cannot see a small defect, because the average over the image drowns it, and it cannot say where
+a defect is. 04 keeps the patches apart, and can do both.
 """
 
 from functools import partial

@@ -3,9 +3,9 @@
 Roth, Pemula, Zepeda, Schoelkopf, Brox, Gehler: Towards Total Recall in Industrial Anomaly
 Detection, CVPR 2022, arXiv:2106.08265.
 
-03 remembers whole images, and so cannot say where a defect is. PatchCore remembers small regions.
-A network trained on ImageNet describes each region by a vector, its patch feature, and a memory
-bank holds those of all normal images. A region is as anomalous as its patch feature is far from the
+03 remembers whole images, and so cannot say where a defect is. PatchCore remembers small regions. A
+network trained on ImageNet describes each region by a vector, its patch feature, and a memory bank
+holds those of all normal images. A region is as anomalous as its patch feature is far from the
 nearest one in the bank, and an image is as anomalous as its most anomalous region. Nothing is
 trained: to fit is to choose which features the bank keeps.
 
@@ -28,14 +28,16 @@ Sizes are those of ResNet50 at 224 pixels, N normal images, n test images:
 
 Why layers 2 and 3: earlier ones see edges alone, later ones are coarse and biased to the classes of
 ImageNet (section 3.1). Equation 5 asks for the coreset that covers M with the smallest radius. That
-is NP-hard, and greedy's radius is at most twice the smallest. The 128 columns, the map's bilinear
-upsampling and its blur with sigma = 4 are those of sections 3.2 and 3.3.
+is NP-hard, and greedy's radius is at most twice the smallest. The 128 columns are the default of
+the authors' code. The map's bilinear upsampling and its blur with sigma = 4 are those of section
+3.3.
 
-What to look at: in examples.png, where the map is bright, and the tile "compared": the worst patch
-beside the normal one that is nearest to it. In coreset.png, how the first picks span the features,
-outliers first, and the later ones fill in.
-What it cannot do: be sure to see that normal parts are in the wrong place or number (a patch knows
-no position), or see what ImageNet features do not, such as a hair's change of shade.
+Look at examples.png: where the map is bright, and at the tile "compared", the worst patch beside
+the normal one that is nearest to it. coreset.png shows how the first picks span the features,
+outliers first, and how the later ones fill in.
+
+It may miss normal parts in the wrong place or number, because a patch knows no position. And it
+does not see what ImageNet's features do not, such as a slight change of shade.
 """
 
 from functools import partial

@@ -49,10 +49,11 @@ import matplotlib
 import numpy as np
 import torch
 import torchvision
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, stats
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import RocCurveDisplay, roc_auc_score
 from torchvision.transforms import functional as image_transforms
 from tqdm import tqdm
 
@@ -142,41 +143,31 @@ class Split(NamedTuple):
         return self.regions > 0
 
 
-def load_data(root, resize=256, crop=224, bits=16) -> tuple[Split, Split]:
+def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Split, Split]:
     """The photos of a folder in MVTec layout as (train, test).
 
-    train: ROOT/train/good, near-copies once. test: ROOT/test/<defect type>, the good ones first;
-    masks, if any, are ROOT/ground_truth/<defect type>/NAME_mask.png. For the other arguments see
-    `prepare` and `read_image`. Raises UserError for less than two training photos, and one for all
-    files that cannot be used.
+    train: ROOT/train/good, near-copies once; empty unless `with_train`. test: ROOT/test/<defect
+    type>, the good ones first; masks, if any, are ROOT/ground_truth/<defect type>/NAME_mask.png.
+    For the other arguments see `prepare` and `read_image`. Raises UserError for less than two
+    training photos, and one for all files that cannot be used.
     """
-    train_files, test_files = find_photos(root)
-    return load_photos(train_files, test_files, resize, crop, bits)
-
-
-def find_photos(root, with_train=True) -> tuple[list[Path], list[Path]]:
-    """The files of train/good, none unless `with_train`, and those of test, the good ones first."""
     train_files = image_files(Path(root, "train", "good")) if with_train else []
     if with_train and len(train_files) < 2:
         raise UserError(f"{root}/train/good: holds {len(train_files)} images, expected 2 or more")
     test_files = image_files(Path(root, "test"), depth=1)
-    return train_files, sorted(test_files, key=lambda path: path.parent.name != "good")
-
-
-def load_photos(train_files, test_files, resize=256, crop=224, bits=16) -> tuple[Split, Split]:
-    """What `load_data` returns, of files that are known already."""
+    test_files.sort(key=lambda path: path.parent.name != "good")
     train, errors = load_split(train_files, resize, crop, bits)
     test, test_errors = load_split(test_files, resize, crop, bits)
     errors += test_errors
     if errors:
         first = "; ".join(map(str, errors[:3]))
         raise UserError(f"{len(errors)} files cannot be used: {first}")
-    if train.paths and crop:
+    if with_train and crop:
         with Image.open(train_files[0]) as photo:
             share = (crop / resize) ** 2 * min(photo.size) / max(photo.size)
         square = f"the center square of a photo, {share:.0%} of its area"
         note(f"the network sees {square}; with --crop 0 it sees the whole photo")
-    return without_copies(train, test) if train.paths else train, test
+    return without_copies(train, test) if with_train else train, test
 
 
 def image_files(folder: Path, depth: int | None = 0) -> list[Path]:
@@ -207,7 +198,7 @@ def load_split(paths: list[Path], resize=256, crop=224, bits=16) -> tuple[Split,
     images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
     regions = torch.zeros(len(paths), side, side, dtype=torch.int32)
     has_mask = kinds == "good"
-    region_count, errors, remarks = 0, [], defaultdict(list)
+    remarks = defaultdict(list)
 
     def load(path):
         photo, image = load_photo(path, resize, crop, bits, remarks)
@@ -216,7 +207,10 @@ def load_split(paths: list[Path], resize=256, crop=224, bits=16) -> tuple[Split,
             return image, None
         return image, load_regions(mask_path, path, photo.size, resize, crop, remarks)
 
-    for i, loaded in enumerate(progress(in_threads(load, paths), "decode", total=len(paths))):
+    errors = []
+    region_count = 0
+    all_loaded = progress(in_threads(load, paths), "decode", total=len(paths))
+    for i, loaded in enumerate(all_loaded):
         if isinstance(loaded, UserError):
             errors.append(loaded)
             continue
@@ -261,9 +255,10 @@ def mask_of(path: Path, remarks: dict) -> Path | None:
 def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, remarks: dict):
     """The defect regions of a photo of this size, (S, S) int32; see `load_photo`."""
     gray = read_mask(mask_path)
-    if gray.shape[::-1] != size:
-        sizes = "{} x {}, but its photo is {} x {}".format(*gray.shape[::-1], *size)
-        raise UserError(f"{mask_path}: is {sizes}")
+    height, width = gray.shape
+    if (width, height) != size:
+        photo_size = f"its photo is {size[0]} x {size[1]}"
+        raise UserError(f"{mask_path}: is {width} x {height}, but {photo_size}")
     regions, count = defect_regions(gray)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0]
     if count == 0:
@@ -271,9 +266,7 @@ def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, rema
     elif regions.all():
         remarks["masks cover the whole photo: all of it counts as defective"].append(mask_path)
     elif seen.unique().count_nonzero() < count:
-        lost = (
-            "masks have regions outside the crop or too small for a pixel, which count for no map"
-        )
+        lost = "masks have regions outside the crop or too small for a pixel: they count for no map"
         remarks[lost].append(mask_path)
     if orientation(path) > 1 == orientation(mask_path):
         turned = "photos are turned by an EXIF tag that their masks lack: give it to both, or none"
@@ -321,9 +314,7 @@ def read_image(source, bits=16) -> Image.Image:
 
 def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
     """An image of 8 bits a channel of an array of 8 or 16; see `read_image`."""
-    if values.shape[2:] == (1,):
-        values = values[:, :, 0]
-    if values.dtype == np.uint8 or values.dtype == bool:
+    if values.dtype in (np.uint8, bool):
         return Image.fromarray(values)
     if values.dtype not in (np.uint16, np.int32) or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"{values.dtype} pixels; expected 8 or 16 bits")
@@ -355,7 +346,7 @@ def defect_regions(gray: np.ndarray) -> tuple[np.ndarray, int]:
     marked = ndimage.binary_dilation(gray > 0, TOUCHING, iterations=2)  # traces lie beside a region
     region, count = ndimage.label(marked, TOUCHING)
     peaks = np.zeros(count + 1)
-    peaks[1:] = ndimage.maximum(gray, region, np.arange(1, count + 1))
+    np.maximum.at(peaks, region, gray)
     peak = peaks[region]  # (H, W)
     defective = (gray > 0) & (gray >= peak / 2) & (peak >= gray.max() / 8)
     return ndimage.label(defective, TOUCHING)
@@ -400,13 +391,18 @@ def without_copies(train: Split, test: Split) -> Split:
     note_names("training photos are near-copies of others and count once", copied)
     copied = list(itertools.compress(test.paths, known))
     note_names("test photos are near-copies of training photos: metrics are too good", copied)
-    highest, lowest = train.images.amax((2, 3)), train.images.amin((2, 3))
-    if (highest == lowest).all() or (train.images == train.images[0]).all():
+    highest = train.images.amax((2, 3))  # (N, 3)
+    of_one_color = torch.equal(highest, train.images.amin((2, 3)))
+    if of_one_color or torch.equal(train.images.amax(0), train.images.amin(0)):
         note("the photos of train/good are all alike or of one color: nothing is learned from them")
     elif highest.max() < 64:
         note(f"the photos of train/good are dark, at most {highest.max()} of 255: see --bits")
-    paths = list(itertools.compress(train.paths, ~copies))
-    return Split(paths, *(field[~copies] for field in train[1:]))
+    if not copies.any():
+        return train
+    rest = ~copies
+    paths = list(itertools.compress(train.paths, rest))
+    kinds, images, regions = train.kinds[rest], train.images[rest], train.regions[rest]
+    return Split(paths, kinds, images, regions, train.has_mask[rest])
 
 
 def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -417,14 +413,14 @@ def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np
     nearest training image, or at least to the third. Bursts of one part had 0.008 to 0.046 of the
     usual distance, photos of different parts 0.24 and more.
     """
-    originals, others = (thumbnails(images, 32).flatten(1).double() for images in (train, test))
+    originals = thumbnails(train, 32).flatten(1).double()  # (N, 3072)
+    others = thumbnails(test, 32).flatten(1).double()  # (T, 3072)
     rank = max(3, len(train) // 8)
     is_original = torch.zeros(len(train), dtype=torch.bool)
-    for number, close in enumerate(
-        near_rows(originals, originals, rank + 1)
-    ):  # itself is the first
-        is_original[number] = not (close & is_original).any()
-    is_known = [bool(close.any()) for close in near_rows(others, originals, rank)]
+    copies = copied_rows(originals, originals, rank + 1)  # an image is the nearest to itself
+    for number, is_copied in enumerate(copies):
+        is_original[number] = not (is_copied & is_original).any()
+    is_known = [bool(is_copied.any()) for is_copied in copied_rows(others, originals, rank)]
     return ~is_original.numpy(), np.array(is_known, dtype=bool)
 
 
@@ -433,8 +429,8 @@ def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
     return torch.cat([resize(part.float(), (side, side)) for part in images.split(64)])
 
 
-def near_rows(queries: torch.Tensor, rows: torch.Tensor, rank: int):
-    """Yields for each query which rows, (N,) bool, are near it; see `near_copies`."""
+def copied_rows(queries: torch.Tensor, rows: torch.Tensor, rank: int):
+    """Yields for each query which rows, (N,) bool, it nearly repeats; see `near_copies`."""
     for block in progress(queries.split(256), "compare photos"):
         distances = torch.cdist(block, rows).round(decimals=3)  # (256, N)
         usual = distances.kthvalue(min(rank, len(rows)), dim=1, keepdim=True).values
@@ -498,8 +494,8 @@ def resnet(name: str):
     network.fc = torch.nn.Identity()  # the classifier is not used
     normalize = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     stem = torch.nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
-    layers = [network.layer1, network.layer2, network.layer3, network.layer4]
-    return network, [normalize, stem, *layers], functools.partial(download_weights, name)
+    stages = [normalize, stem, network.layer1, network.layer2, network.layer3, network.layer4]
+    return network, stages, functools.partial(download_weights, name)
 
 
 def efficientnet_lite0():
@@ -515,12 +511,12 @@ def efficientnet_lite0():
     network._conv_head = network._bn1 = network._fc = torch.nn.Identity()  # the classifier
     normalize = torchvision.transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)  # as trained
     stem = torch.nn.Sequential(network._conv_stem, network._bn0, network._swish)
-    layers = []
+    stages = [normalize, stem]
     for start, end in [(0, 3), (3, 5), (5, 11), (11, 16)]:  # 24, 40, 112 and 320 channels
-        layers.append(torch.nn.Sequential(*network._blocks[start:end]))
+        stages.append(torch.nn.Sequential(*network._blocks[start:end]))
     file = ModelFile.get_model_file_path()
     get_weights = functools.partial(load_torch_file, "--weights", file, "the file of pip's package")
-    return network, [normalize, stem, *layers], get_weights
+    return network, stages, get_weights
 
 
 def no_network():
@@ -622,8 +618,8 @@ def collect(batches, count: int, scratch=None) -> torch.Tensor:
     for batch in batches:
         if features is None:
             features = allocate((count, *batch.shape[1:]), scratch)
-        start, end = end, end + len(batch)
-        features[start:end] = batch
+        features[end : end + len(batch)] = batch
+        end += len(batch)
     return features
 
 
@@ -764,26 +760,26 @@ class MemoryBank:
         """The k nearest rows of a few queries (P, D): distances and indices, (P, k)."""
         bounds = self.lower_bounds(queries)  # (P, N)
         # Measure the k rows that look nearest: no neighbor is farther than the farthest of them.
-        find_smallest = smallest_cupy if uses_cupy(self.backend, bounds, k) else smallest_torch
-        smallest, row = find_smallest(bounds, k)  # (P, k)
-        query = torch.arange(len(queries), device=row.device)
-        seen = measure(queries, self.rows, query.repeat_interleave(k), row.flatten())
-        farthest = seen.view(row.shape).amax(dim=1)  # (P,)
-        # Whatever the bound does not exclude is measured too, and the k rows above once more.
+        if uses_cupy(self.backend, bounds, k):
+            smallest, first_rows = smallest_cupy(bounds, k)  # (P, k)
+        else:
+            smallest, first_rows = bounds.topk(k, largest=False)
+        number = torch.arange(len(queries), device=bounds.device)  # (P,)
+        repeated = number.repeat_interleave(k)
+        measured = measure(queries, self.rows, repeated, first_rows.flatten())
+        farthest = measured.view(smallest.shape).amax(dim=1)  # (P,)
+        # Measure whatever the bound does not exclude. These k rows are among it, hidden ones not.
         limit = torch.maximum(farthest.square(), smallest[:, -1])
-        limit = limit.clamp(max=torch.finfo(limit.dtype).max)  # hidden rows are at infinity
-        near_query, near_row = (bounds <= limit[:, None]).nonzero(as_tuple=True)  # by query, row
-        near = measure(queries, self.rows, near_query, near_row)
-        # The k nearest of each query: sort the pairs by distance, then by query.
-        order = near.argsort(stable=True)
-        by_query = order[near_query[order].argsort(stable=True)]
-        first = torch.searchsorted(near_query, query)  # where each query's pairs begin
-        nearest = by_query[first[:, None] + torch.arange(k, device=row.device)]  # (P, k)
-        return near[nearest], near_row[nearest]
-
-
-def smallest_torch(bounds, k: int):
-    return bounds.topk(k, dim=1, largest=False)
+        limit = limit.clamp(max=torch.finfo(limit.dtype).max)
+        query, row = (bounds <= limit[:, None]).nonzero(as_tuple=True)  # (pairs,), by query
+        distances = measure(queries, self.rows, query, row)
+        # Sort these pairs by distance, and then by query. Of equals the lowest row stays first.
+        by_distance = distances.argsort(stable=True)
+        in_queries = query[by_distance].argsort(stable=True)
+        order = by_distance[in_queries]
+        start = torch.searchsorted(query, number)  # where each query's pairs begin
+        nearest = order[start[:, None] + torch.arange(k, device=order.device)]  # (P, k)
+        return distances[nearest], row[nearest]
 
 
 def useful_axes(sample: torch.Tensor, num_axes: int):
@@ -908,7 +904,10 @@ def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
             bar.update(len(new))
             new = farthest_rows(rows, squared, size - len(picks))
     distances = squared.clamp_(min=0).sqrt_()
-    return Coreset(*(t.to(features.device) for t in (picks, assignment, distances)))
+    if rows is not features:
+        distances = distances.float()
+    device = features.device
+    return Coreset(picks.to(device), assignment.to(device), distances.to(device))
 
 
 def note_duration(rows, size: int) -> None:
@@ -938,9 +937,11 @@ def meet(rows, new, count: int, squared, assignment) -> None:
         open_rows = torch.arange(start, min(start + ROWS, len(rows)), device=rows.device)
         bounds = picks.lower_bounds(rows[open_rows])  # (n, len(new))
         while len(open_rows):
-            least, pick = bounds.min(dim=1)
-            below = (least <= squared[open_rows]).nonzero()[:, 0]
-            open_rows, bounds, pick = open_rows[below], bounds[below], pick[below]
+            bound, pick = bounds.min(dim=1)
+            below = (bound <= squared[open_rows]).nonzero()[:, 0]
+            open_rows = open_rows[below]
+            bounds = bounds[below]
+            pick = pick[below]
             difference = rows[open_rows].double() - rows[new[pick]].double()
             measured = difference.square_().sum(dim=1)
             closer = measured < squared[open_rows]
@@ -949,15 +950,15 @@ def meet(rows, new, count: int, squared, assignment) -> None:
             bounds.scatter_(1, pick[:, None], torch.inf)  # this pair is done
 
 
-def farthest_rows(rows, squared, at_most: int):
-    """The next greedy picks, at most `at_most` and at most PICKS: as many as are certain."""
+def farthest_rows(rows, squared, wanted: int):
+    """The next greedy picks, up to `wanted` and up to PICKS: as many as are certain."""
     last = squared.topk(min(FRONTIER + 1, len(squared))).values[-1]
     far = (squared >= last).nonzero()[:, 0]  # the frontier, the first row outside, and its equals
     far = far[squared[far].argsort(descending=True, stable=True)]
     frontier = far[:FRONTIER].sort().values
     inside = squared[frontier]
     vectors = rows[frontier].double()
-    picks = torch.empty(min(PICKS, at_most), dtype=torch.int64, device=rows.device)
+    picks = torch.empty(min(PICKS, wanted), dtype=torch.int64, device=rows.device)
     radii = torch.empty_like(picks, dtype=torch.float64)
     for step in range(len(picks)):  # algorithm 1 on the frontier; no wait for the device
         radii[step], picks[step] = inside.max(dim=0)
@@ -1161,7 +1162,8 @@ def pixel_auroc(maps, masks) -> float | None:
     a pixel does not count. None when either kind is missing. It equals scikit-learn's
     roc_auc_score, and sorts the normal pixels alone.
     """
-    maps, masks = np.asarray(maps), np.asarray(masks)
+    maps = np.asarray(maps)
+    masks = np.asarray(masks)
     normal = np.sort(maps[masks == 0])
     defective = maps[masks > 0]
     if len(normal) == 0 or len(defective) == 0:
@@ -1186,7 +1188,8 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     """
     if not 0 < max_fpr <= 1:
         raise ValueError(f"max_fpr is {max_fpr}: expected more than 0 and at most 1")
-    maps, regions = np.asarray(maps), np.asarray(masks)
+    maps = np.asarray(maps)
+    regions = np.asarray(masks)
     if regions.dtype == bool:
         within_images = TOUCHING * [[[0]], [[1]], [[0]]]
         regions, _ = ndimage.label(regions, within_images)
@@ -1240,7 +1243,6 @@ def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor
 # out. Read `report` first, then `cells_of`: what is shown of an image.
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
-COLORS = (255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
 MARGINS = {"left": 0.07, "right": 0.98, "bottom": 0.15, "top": 0.88}  # of figures with axes
 font = functools.cache(ImageFont.load_default)
 
@@ -1263,13 +1265,19 @@ def report(run: Run, test: Split, detect) -> None:
 
     detect: images (N, 3, S, S) uint8 -> Result.
     """
+    options = run.options
+    if not test.paths:
+        names = ", ".join(sorted(path.name for path in options.data.iterdir()))
+        if not options.save and not options.predict:
+            note(f"{options.data}/test holds no image to evaluate on: {options.data} holds {names}")
+        return
     start = time.perf_counter()
     result = detect(test.images)
     seconds = time.perf_counter() - start
     metrics = evaluate(run, test, result)
     metrics["ms_per_image"] = 1000 * seconds / len(test.paths)
     write_scores(run, test, result)
-    with atomic(run.options.out / "metrics.json") as unfinished:
+    with atomic(options.out / "metrics.json") as unfinished:
         unfinished.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
     draw_scores(run, test.labels, np.asarray(result.scores))
     draw_examples(run, test, result)
@@ -1339,7 +1347,8 @@ def note_false_alarms(run: Run, metrics: dict) -> None:
     false alarms is binomial, and more than these are to come up once in a thousand runs.
     """
     rate = max(run.options.false_alarm_rate, 1 / (len(run.model["scores"]) + 1))
-    alarms, count = metrics["false_alarms"], metrics["normal_images"]
+    alarms = metrics["false_alarms"]
+    count = metrics["normal_images"]
     if stats.binom.sf(alarms - 1, count, rate) < 0.001:
         note(
             f"{alarms} of {count} normal test images are above the threshold, far more than "
@@ -1355,7 +1364,7 @@ def show_tables(run: Run, test: Split, metrics: dict, runs: list[dict]) -> None:
     say = functools.partial(print, file=file)
     say(f"\n{options.method} on {options.data}, {metrics['weights']}")
     say(table_row("defect type", METRICS, "reported"))
-    for kind, of_kind in [*metrics["per_defect"].items(), ("all", metrics)]:
+    for kind, of_kind in (metrics["per_defect"] | {"all": metrics}).items():
         say(table_row(kind, of_kind, f"{of_kind['reported']} of {of_kind['images']}"))
     say(table_row("good", {}, f"{metrics['false_alarms']} of {metrics['normal_images']}"))
     if metrics["image_auroc"] is None:
@@ -1372,11 +1381,11 @@ def show_tables(run: Run, test: Split, metrics: dict, runs: list[dict]) -> None:
 
 def table_row(first: str, metrics: dict, *more: str) -> str:
     """A line of a table: its first cell, the three METRICS, and more cells."""
-    cells = []
+    row = f"{first:16}"
     for name in METRICS:
-        value = metrics.get(name, "-")
-        cells.append(f"{value:.3f}" if isinstance(value, float) else value or "-")
-    return f"{first:16} " + " ".join(f"{cell:>12}" for cell in [*cells, *more])
+        value = metrics.get(name)
+        row += f" {value:12.3f}" if isinstance(value, float) else f" {value or '-':>12}"
+    return row + "".join(f" {cell:>12}" for cell in more)
 
 
 def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
@@ -1392,9 +1401,9 @@ def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
     left.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
     left.legend()
     if len(normal) and len(defective):
-        fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
-        right.plot(fpr, tpr, color="black", label=f"AUROC {image_auroc(scores, labels):.3f}")
-        false_alarms, reported = (normal > run.threshold).mean(), (defective > run.threshold).mean()
+        RocCurveDisplay.from_predictions(labels, scores, ax=right, drop_intermediate=False)
+        false_alarms = (normal > run.threshold).mean()
+        reported = (defective > run.threshold).mean()
         right.plot(false_alarms, reported, "o", color="black", label="threshold", clip_on=False)
         right.legend(loc="lower right")
     right.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
@@ -1426,8 +1435,8 @@ def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) ->
     above the map's threshold, or, where nothing is, what reaches nine tenths of its peak."""
     values = np.asarray(anomaly_map)
     low, threshold, high = run.map_range
-    share = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-    color = COLORS[(255 * share).astype(int)]  # (S, S, 3)
+    share = np.asarray(Normalize(low, high, clip=True)(values))  # (S, S), from 0 to 1
+    color = 255 * matplotlib.colormaps["inferno"](share)[:, :, :3]  # (S, S, 3)
     gray = image.float().mean(dim=0)[:, :, None].numpy()  # (S, S, 1)
     opacity = 0.25 + 0.5 * share[:, :, None]
     mixed = gray + opacity * (color - gray)
@@ -1478,8 +1487,9 @@ def draw_row(cells: list[Cell]) -> np.ndarray:
 
 def save_picture(path: Path, title: str, rows: list[np.ndarray]) -> None:
     """Rows by `draw_row`, one below the other, under a title of two lines."""
-    lengths = [int(font(14).getlength(line)) + 12 for line in title.split("\n")]
-    width = max(*lengths, *(row.shape[1] for row in rows))
+    widths = [row.shape[1] for row in rows]
+    widths += [int(font(14).getlength(line)) + 12 for line in title.split("\n")]
+    width = max(widths)
     picture = Image.new("RGB", (width, 48 + sum(map(len, rows))), "white")
     ImageDraw.Draw(picture).multiline_text((6, 6), title, fill="black", font=font(14))
     top = 48
@@ -1512,37 +1522,33 @@ def ground_truth(test: Split, i: int) -> Cell:
 def draw_examples(run: Run, test: Split, result: Result) -> None:
     """examples.png: a row per defect type, its highest- and its lowest-scoring image."""
     rows = []
-    for kind in in_order(test.kinds):
+    for kind in dict.fromkeys(test.kinds):
         of_kind = np.flatnonzero(test.kinds == kind)
         order = np.asarray(result.scores)[of_kind].argsort(kind="stable")
         cells = []
         for i in dict.fromkeys([of_kind[order[-1]], of_kind[order[0]]]):  # one if they are the same
-            photo, *shown = cells_of(run, result, i, test.images[i], drawable(kind))
-            cells += [photo, ground_truth(test, i), *shown]
+            shown = cells_of(run, result, i, test.images[i], drawable(kind))
+            shown.insert(1, ground_truth(test, i))
+            cells += shown
         rows.append(draw_row(cells))
     save_ranked(run, "examples.png", "highest and lowest score by type", rows)
-
-
-def in_order(kinds) -> list[str]:
-    """The kinds of images, each once, "good" last."""
-    return sorted(set(kinds), key=lambda kind: (kind == "good", kind))
 
 
 def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[dict]:
     """methods.png: the first image of each kind, as each method's last run in --out on the same
     folder with the same weights, or with none, shows it. Returns those runs' metrics."""
     truth, strip = [], []
-    for kind in in_order(test.kinds):
+    for kind in dict.fromkeys(test.kinds):
         i = int((test.kinds == kind).argmax())
-        _, *shown = cells_of(run, result, i, test.images[i], "")
-        strip.append(Cell("", shown[0 if result.maps is None else -1].tile))
+        shown = cells_of(run, result, i, test.images[i], "")
+        strip.append(Cell("", shown[1 if result.maps is None else -1].tile))
         truth.append(Cell(drawable(kind), ground_truth(test, i).tile))
-    weights = drawable(metrics["weights"]).replace(", ", "\n")
-    strip[0] = Cell(f"{metrics['method']}\n{weights}", strip[0].tile)
+    strip[0] = Cell(run.title.replace(", ", "\n"), strip[0].tile)
     with atomic(run.options.out / ".strip.png") as unfinished:
         Image.fromarray(draw_row(strip)).save(unfinished, "PNG")
     folder = run.options.out.parent
-    rows, runs = [draw_row(truth)], []
+    rows = [draw_row(truth)]
+    runs = []
     for file in sorted(folder.glob("*/metrics.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SyntaxError):  # not ours
             other = json.loads(file.read_text())
@@ -1609,7 +1615,7 @@ def make_model(options, backbone, fitted: Fitted, train: Split, seconds: float) 
         "weights": backbone.label,
         "fingerprint": backbone.fingerprint,
         "state": fitted.state,
-        "names": picture_names(train.paths),
+        "names": [short_name(path) for path in train.paths],
         "scores": fitted.result.scores,
         "peaks": None if maps is None else maps.amax((1, 2)),
         "median": None if maps is None else float(maps.median()),
@@ -1666,13 +1672,14 @@ def predict(run: Run, detect) -> None:
     if sys.stdout is None:
         raise UserError("stdout: is closed, expected to write a CSV to it")
     files = files_to_judge(options)
-    names = dict(zip(files, picture_names(files), strict=True))
-    highest, counts, remarks = [], Counter(), defaultdict(list)
+    remarks = defaultdict(list)
 
     def load(path):
         photo, image = load_photo(path, options.resize, options.crop, options.bits, remarks)
         return path, photo.size, image
 
+    highest = []  # (score, row of the picture)
+    counts = Counter()
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "score", "predicted", "x", "y"])
     for start in progress(range(0, len(files), options.batch_size), "predict"):
@@ -1684,13 +1691,15 @@ def predict(run: Run, detect) -> None:
         for i, (path, size, image) in enumerate(photos):
             score = float(result.scores[i])
             verdict = run.verdict(score)
-            place = place_of_peak(options, result, i, size)
-            writer.writerow([path, f"{score:.9g}", verdict, *place])
+            x, y = place_of_peak(options, result, i, size)
+            writer.writerow([path, f"{score:.9g}", verdict, x, y])
             sys.stdout.flush()
             counts[verdict] += 1
             if options.pictures in ("all", f"{verdict}s"):
-                row = draw_row(cells_of(run, result, i, image, names[path]))
-                highest = sorted([*highest, (score, row)], key=lambda pair: -pair[0])[:10]
+                row = draw_row(cells_of(run, result, i, image, short_name(path)))
+                highest.append((score, row))
+                highest.sort(key=lambda pair: -pair[0])
+                del highest[10:]
                 try:
                     save_ranked(run, picture_path(path), drawable(str(path)), [row])
                 except UserError as error:
@@ -1732,8 +1741,9 @@ def picture_path(photo: Path) -> Path:
     """Where in --out the picture of a photo lies: under its absolute path; a drive is a folder."""
     absolute = Path(os.path.abspath(photo))
     drive = absolute.drive.strip(":\\/").replace("\\", "_")
+    folder = absolute.parent.relative_to(absolute.anchor)
     name = os.fsdecode(os.fsencode(absolute.name)[-240:])  # a name has 255 bytes at most
-    return Path("predictions", drive, *absolute.parts[1:-1], f"{name}.png")
+    return Path("predictions", drive, folder, f"{name}.png")
 
 
 def place_of_peak(options, result: Result, i: int, size) -> tuple:
@@ -1749,14 +1759,9 @@ def place_of_peak(options, result: Result, i: int, size) -> tuple:
     return x, y
 
 
-def picture_names(paths) -> list[str]:
-    """Names for pictures: with the folder where they repeat, of long ones the last letters."""
-    counts = Counter(path.name for path in paths)
-    names = []
-    for path in paths:
-        name = path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}"
-        names.append(drawable(name)[-28:])
-    return names
+def short_name(path: Path) -> str:
+    """A photo's name in pictures: with its folder, and of a long one the last letters."""
+    return drawable(f"{path.parent.name}/{path.name}")[-28:]
 
 
 @contextlib.contextmanager
@@ -1831,20 +1836,24 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     """
     options, model = parse_options(method, description, add_options, fit)
     check_options(options)
-    name, weights, seed = options.backbone, options.weights, options.seed
-    scratch = os.environ.get("TMPDIR", options.out)
-    backbone = load_backbone(name, weights, seed, options.device, options.batch_size, scratch)
-    train_files, test_files = [], []
-    if options.data:
-        train_files, test_files = find_photos(options.data, with_train=not model)
-    if not model:
-        check_room(options, backbone, len(train_files))
-    train, test = load_photos(train_files, test_files, options.resize, options.crop, options.bits)
-
-    fitted = None
+    backbone = load_backbone(
+        options.backbone,
+        options.weights,
+        options.seed,
+        options.device,
+        options.batch_size,
+        scratch=os.environ.get("TMPDIR", options.out),
+    )
     if model:
         check_weights(model, backbone)
     else:
+        check_room(options, backbone)
+    if options.data:
+        resize, crop, bits = options.resize, options.crop, options.bits
+        train, test = load_data(options.data, resize, crop, bits, with_train=not model)
+
+    fitted = None
+    if not model:
         start = time.perf_counter()
         settings = {name: vars(options)[name] for name in defaults_of(fit)}
         fitted = fit(train.images, backbone, **settings)
@@ -1858,11 +1867,8 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
         draw_fit(run, fitted, train)
 
     detect = detector(model["state"], backbone)
-    if test.paths:
+    if options.data:
         report(run, test, detect)
-    elif not options.save and not options.predict:
-        names = ", ".join(sorted(path.name for path in options.data.iterdir()))
-        note(f"{options.data}/test: holds no image to evaluate on; {options.data} holds {names}")
     if options.predict:
         predict(run, detect)
 
@@ -1873,9 +1879,10 @@ def defaults_of(fit) -> dict:
     return {parameter.name: parameter.default for parameter in parameters}
 
 
-def check_room(options, backbone, count: int) -> None:
-    """Stops within seconds where the features of so many photos have no room, by those of one."""
+def check_room(options, backbone) -> None:
+    """Stops within seconds where the features of all photos have no room, by those of one image."""
     if "layers" in options:
+        count = len(os.listdir(options.data / "train" / "good"))
         side = options.crop or options.resize
         blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
         outputs = next(extract(backbone, options.layers, blank))
@@ -1898,13 +1905,15 @@ def save_model(model: dict, path: Path | None) -> None:
 def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
     """A model's threshold for a false-alarm rate, from its calibration images alone; and the map
     range: (low, threshold, high) of its maps and their colors, None where there is no map."""
-    count, needed = len(model["scores"]), scores_needed(rate)
+    count = len(model["scores"])
+    needed = scores_needed(rate)
     if count < needed:
         takes = f"--false-alarm-rate {rate:g} takes {needed} normal images, there are {count}"
         note(f"warning: {takes}: expect a false alarm in about {count + 1}; add to train/good")
     map_range = None
     if model["peaks"] is not None:
-        low, middle = model["median"], conformal_quantile(model["peaks"], rate)
+        low = model["median"]
+        middle = conformal_quantile(model["peaks"], rate)
         map_range = low, middle, 2 * middle - low
     return conformal_quantile(model["scores"], rate), map_range
 
@@ -1921,8 +1930,7 @@ def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
     save_ranked(run, "normal.png", "normal photos, each judged without itself", rows)
     for name, draw in fitted.figures.items():
         save_figure(draw(), run.title, run.options.out / name)
-    spread = f"{scores.min():.4g} to {scores.max():.4g}, median {scores.median():.4g}"
-    origin = f"{len(scores)} normal images that score {spread}"
+    origin = f"{len(scores)} normal images that score {scores.min():.4g} to {scores.max():.4g}"
     note(
         f"threshold {run.threshold:.4g}, from {origin}; the highest, shown in normal.png: "
         + ", ".join(highest[:3])

@@ -202,7 +202,7 @@ def benchmark_stages(options):
     """Where 04 spends its time, by a stopwatch around each stage."""
     stages = {"features": (common, "collect"), "coreset": (common, "greedy_coreset")}
     stages |= {"threshold": (patchcore, "leave_one_out"), "report": (common, "report")}
-    stages |= {"decode": (common, "load_photos"), "metrics": (common, "evaluate")}
+    stages |= {"decode": (common, "load_data"), "metrics": (common, "evaluate")}
     spent = dict.fromkeys(stages, 0.0)
 
     def timed(name, function):

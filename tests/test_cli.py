@@ -66,7 +66,7 @@ def test_a_run_leaves_tables_files_and_figures(method, run_script, pill, tmp_pat
     lines = ["the network sees", "the fitted model is", "warning: --false-al"]
     lines += [f"threshold {metrics['threshold']:.4g}"]
     assert [line[: len(text)] for line, text in zip(err.splitlines(), lines, strict=True)] == lines
-    assert "in normal.png: 00" in err
+    assert "in normal.png: good/00" in err
 
 
 def test_methods_stand_in_one_table_if_data_and_weights_are_the_same(run_script, pill, tmp_path):
@@ -138,7 +138,7 @@ def test_normal_images_alone_are_enough_to_fit(run_script, pill):
     arguments = ["--data", pill, *SMALL, "--neighbors", "3", "--false-alarm-rate", "0.2"]
     code, out, err = run_script("knn", *arguments)
     assert (code, out) == (0, "")
-    assert "/test: holds no image to evaluate on; " in err
+    assert "/test holds no image to evaluate on: " in err
     assert err.endswith("holds ground_truth, test_public, train\n")
     code, out, err = run_script("knn", *arguments, "--save", "model.pt")
     assert (code, out) == (0, "")
@@ -252,9 +252,9 @@ def test_names_in_another_encoding_and_thin_photos(run_script, pill, tmp_path):
 
 
 def test_names_in_pictures_tell_photos_apart():
-    paths = [Path("a/x.png"), Path("b/x.png"), Path("y" * 30 + "1.png"), Path("\u82f1.png")]
-    names = common.picture_names(paths)
-    assert names == ["a/x.png", "b/x.png", "y" * 23 + "1.png", "\\u82f1.png"]
+    paths = [Path("a/x.png"), Path("b/x.png"), Path("c", "y" * 30 + "1.png"), Path("a/\u82f1.png")]
+    names = list(map(common.short_name, paths))
+    assert names == ["a/x.png", "b/x.png", "y" * 23 + "1.png", "a/\\u82f1.png"]
     assert max(map(len, names)) <= 28
 
 
