@@ -19,7 +19,6 @@ import contextlib
 import copy
 import csv
 import functools
-import glob
 import hashlib
 import inspect
 import itertools
@@ -78,8 +77,9 @@ def note(text: str) -> None:
 def note_names(text: str, names) -> None:
     """Prints how many names there are, the text, and three of the names; nothing without names."""
     if names:
+        first = ", ".join(map(str, names[:3]))
         rest = ", ..." if len(names) > 3 else ""
-        note(f"{len(names)} {text}: {', '.join(map(str, names[:3]))}{rest}")
+        note(f"{len(names)} {text}: {first}{rest}")
 
 
 def note_remarks(remarks: dict[str, list]) -> None:
@@ -156,8 +156,10 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
         raise UserError(f"{root}/train/good: holds {len(train_files)} images, expected 2 or more")
     test_files = image_files(Path(root, "test"), depth=1)
     test_files.sort(key=lambda path: path.parent.name != "good")
-    train, errors = load_split(train_files, resize, crop, bits)
-    test, test_errors = load_split(test_files, resize, crop, bits)
+    remarks = defaultdict(list)
+    train, errors = load_split(train_files, resize, crop, bits, remarks)
+    test, test_errors = load_split(test_files, resize, crop, bits, remarks)
+    note_remarks(remarks)
     errors += test_errors
     if errors:
         first = "; ".join(map(str, errors[:3]))
@@ -180,7 +182,8 @@ def image_files(folder: Path, depth: int | None = 0) -> list[Path]:
     levels = ["*/" * level + "*" for level in range(9)]
     for path in sorted(itertools.chain.from_iterable(map(folder.glob, levels))):
         *folders, name = path.relative_to(folder).parts
-        if path.is_dir() or name[0] == "." or any(part[0] in HIDDEN for part in folders):
+        is_hidden = name[0] == "." or any(folder[0] in HIDDEN for folder in folders)
+        if is_hidden or path.is_dir():
             continue
         is_photo = path.suffix.lower() in SUFFIXES and depth in (None, len(folders))
         (photos if is_photo else passed_over).append(path)
@@ -191,18 +194,22 @@ def image_files(folder: Path, depth: int | None = 0) -> list[Path]:
     return photos
 
 
-def load_split(paths: list[Path], resize=256, crop=224, bits=16) -> tuple[Split, list[UserError]]:
-    """Decodes photos and their masks. Returns a UserError for each that cannot be used, too."""
+def load_split(paths, resize, crop, bits, remarks) -> tuple[Split, list[UserError]]:
+    """Decodes photos and their masks. Returns a UserError for each that cannot be used, too.
+
+    remarks: a dict of lists; it gains names by what is remarked on, for `note_remarks`.
+    """
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     side = crop or resize
     images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
     regions = torch.zeros(len(paths), side, side, dtype=torch.int32)
     has_mask = kinds == "good"
-    remarks = defaultdict(list)
+    folders = {mask_folder(path) for path in paths}
+    masks = {m.with_suffix(""): m for folder in folders for m in folder.glob("*_mask.*")}
 
     def load(path):
         photo, image = load_photo(path, resize, crop, bits, remarks)
-        mask_path = mask_of(path, remarks)
+        mask_path = mask_of(path, masks, remarks)
         if mask_path is None:
             return image, None
         return image, load_regions(mask_path, path, photo.size, resize, crop, remarks)
@@ -219,15 +226,11 @@ def load_split(paths: list[Path], resize=256, crop=224, bits=16) -> tuple[Split,
             has_mask[i] = True
             regions[i] = torch.where(own_regions > 0, own_regions + region_count, 0)
             region_count += int(own_regions.max())
-    note_remarks(remarks)
     return Split(paths, kinds, images, regions, has_mask), errors
 
 
 def load_photo(path: Path, resize: int, crop: int, bits: int, remarks: dict):
-    """A photo, and what the network sees of it. Raises UserError, which names the file.
-
-    remarks: lists of names by what is remarked on, for `note_remarks`.
-    """
+    """A photo, and what the network sees of it; see `load_split`. Raises UserError."""
     photo = read_image(path, bits)
     image = prepare(photo, resize, crop, path)
     side = crop or resize
@@ -237,23 +240,29 @@ def load_photo(path: Path, resize: int, crop: int, bits: int, remarks: dict):
     return photo, image
 
 
-def mask_of(path: Path, remarks: dict) -> Path | None:
-    """The mask of a test photo; None if it is good, or if no photo of its type has a mask."""
-    kind = path.parent.name
-    folder = path.parents[2] / "ground_truth" / kind
-    if kind == "good":
+def mask_folder(path: Path) -> Path:
+    """Where the masks of the photos beside this one lie."""
+    return path.parents[2] / "ground_truth" / path.parent.name
+
+
+def mask_of(path: Path, masks: dict, remarks: dict) -> Path | None:
+    """The mask of a test photo; None if it is good, or if no photo of its type has a mask.
+
+    masks: all masks by their names without suffixes.
+    """
+    expected = mask_folder(path) / f"{path.stem}_mask"
+    if path.parent.name == "good":
         return None
-    if not folder.is_dir():
+    if not expected.parent.is_dir():
         remarks["test photos have no folder in ground_truth: no pixel metrics"].append(path)
         return None
-    masks = list(folder.glob(f"{glob.escape(path.stem)}_mask.*"))
-    if not masks:
-        raise UserError(f"{path}: has no mask: expected {folder / path.stem}_mask.png")
-    return masks[0]
+    if expected not in masks:
+        raise UserError(f"{path}: has no mask: expected {expected}.png")
+    return masks[expected]
 
 
 def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, remarks: dict):
-    """The defect regions of a photo of this size, (S, S) int32; see `load_photo`."""
+    """The defect regions of a photo of this size, (S, S) int32; see `load_split`."""
     gray = read_mask(mask_path)
     height, width = gray.shape
     if (width, height) != size:
@@ -328,9 +337,8 @@ def read_mask(path: Path) -> np.ndarray:
         image = open_upright(path)
         if image.mode[0] in "IF":
             return np.asarray(image)
-        color = np.asarray(image.convert("RGBA"))
-        strongest = color[:, :, :3].max(axis=2)
-        alpha = color[:, :, 3]
+        red, green, blue, alpha = map(np.asarray, image.convert("RGBA").split())
+        strongest = np.maximum(np.maximum(red, green), blue)
         if strongest.min() == strongest.max() and alpha.min() < alpha.max():
             return alpha  # the colors say nothing: the drawing is in the alpha channel
         return strongest
@@ -343,13 +351,13 @@ def defect_regions(gray: np.ndarray) -> tuple[np.ndarray, int]:
     be soft, and regions may be marked by class numbers. A region that reaches no eighth of the
     mask's maximum is a trace of compression. Returns region numbers (H, W) int32, and their count.
     """
-    marked = ndimage.binary_dilation(gray > 0, TOUCHING, iterations=2)  # traces lie beside a region
+    marked = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
     region, count = ndimage.label(marked, TOUCHING)
     peaks = np.zeros(count + 1)
-    np.maximum.at(peaks, region, gray)
+    np.maximum.at(peaks, region[marked], gray[marked])
     peak = peaks[region]  # (H, W)
-    defective = (gray > 0) & (gray >= peak / 2) & (peak >= gray.max() / 8)
-    return ndimage.label(defective, TOUCHING)
+    strong = (gray > 0) & (gray >= peak / 2)
+    return ndimage.label(strong & (peak >= gray.max() / 8), TOUCHING)
 
 
 @contextlib.contextmanager
@@ -919,7 +927,8 @@ def note_duration(rows, size: int) -> None:
         start = time.perf_counter()
         picks.lower_bounds(rows[:ROWS])
         durations.append(time.perf_counter() - start)
-    minutes = 2 * min(durations) * (len(rows) / ROWS) * (size / PICKS) / 60
+    blocks = len(rows) / ROWS * size / PICKS
+    minutes = 2 * min(durations) * blocks / 60
     if minutes >= 10:
         fewer = "a tenth of the picks (see --coreset) takes a quarter to a tenth of that"
         note(f"the coreset takes about {minutes:.0f} minutes: {fewer}")
@@ -1455,7 +1464,8 @@ class Cell(NamedTuple):
 def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -> list[Cell]:
     """An image (3, S, S) uint8 with its name and score, and what the i-th of a result shows."""
     score = result.scores[i]
-    cells = [Cell(f"{name}\n{score:.4g} {run.verdict(score)}", as_tile(image))]
+    caption = f"{name}\n{score:.4g} {run.verdict(score)}"
+    cells = [Cell(caption, as_tile(image))]
     for picture in result.pictures:
         text = f"{picture.title}\n{picture.captions[i]}"
         if picture.photos is not None:
@@ -1865,6 +1875,7 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     run = Run(options, model, threshold, map_range, title)
     if fitted:
         draw_fit(run, fitted, train)
+        del train  # the images of thousands of photos take gigabytes
 
     detect = detector(model["state"], backbone)
     if options.data:
@@ -1930,10 +1941,11 @@ def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
     save_ranked(run, "normal.png", "normal photos, each judged without itself", rows)
     for name, draw in fitted.figures.items():
         save_figure(draw(), run.title, run.options.out / name)
-    origin = f"{len(scores)} normal images that score {scores.min():.4g} to {scores.max():.4g}"
+    spread = f"score {scores.min():.4g} to {scores.max():.4g}"
+    shown = ", ".join(highest[:3])
     note(
-        f"threshold {run.threshold:.4g}, from {origin}; the highest, shown in normal.png: "
-        + ", ".join(highest[:3])
+        f"threshold {run.threshold:.4g}, from {len(scores)} normal images that {spread}; the "
+        f"highest, shown in normal.png: {shown}"
     )
 
 

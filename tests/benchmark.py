@@ -108,7 +108,7 @@ def drawn_pills(count: int, seed=7) -> Path:
 
 
 def images_of(paths):
-    return common.load_split(list(paths), 256, 224)[0].images
+    return conftest.load_split(paths)[0].images
 
 
 @torch.inference_mode()
@@ -400,7 +400,7 @@ def benchmark_remarks(options):
 ANOMALIB = """
 import json, sys
 sys.path[:0] = {paths}
-import common, numpy as np, torch, torchvision
+import common, conftest, numpy as np, torch, torchvision
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import Patchcore
@@ -424,7 +424,7 @@ batches = engine.predict(model=model, datamodule=data, return_predictions=True)
 paths = [Path(p) for b in batches for p in b.image_path]
 scores = torch.cat([b.pred_score.flatten() for b in batches])
 maps = torch.cat([b.anomaly_map.reshape(-1, 224, 224) for b in batches])
-test, _ = common.load_split(paths, 256, 224)
+test, _ = conftest.load_split(paths)
 pixels = common.pixel_auroc(maps, test.masks), common.au_pro(maps, test.regions)
 print("\\n" + json.dumps([common.image_auroc(scores, test.labels), *pixels]))
 """

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many processes as cores
@@ -51,6 +52,14 @@ def small(method):
 def small_backbone(method="patchcore", seed=0, batch_size=16):
     name = "none" if method == "autoencoder" else "resnet18"
     return common.load_backbone(name, "random", seed, batch_size=batch_size)
+
+
+def load_split(paths, resize=256, crop=224):
+    """(`Split`, errors) of files, with its remarks on stderr."""
+    remarks = defaultdict(list)
+    loaded = common.load_split(list(paths), resize, crop, 16, remarks)
+    common.note_remarks(remarks)
+    return loaded
 
 
 def search_memory(*searches) -> list[int]:

@@ -179,6 +179,21 @@ def test_the_whole_photo(run_script, pill, tmp_path):
     assert "small.png (1.1 times)" in err
 
 
+def test_features_without_room_are_refused_before_a_photo_is_read(
+    run_script, pill, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(common, "DISK_FROM", 0)  # nothing fits into memory
+    monkeypatch.delenv("TMPDIR", raising=False)
+    code, _, err = run_script("patchcore", "--data", pill, *small("patchcore"))
+    assert code == 0
+    assert "the features, 0.0 GiB, lie in results/patchcore during the fit" in err
+    (pill / "train/good/000.jpg").write_text("x")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    code, _, err = run_script("patchcore", "--data", pill, *small("patchcore"))
+    assert code == 2
+    assert err.startswith("error: the features of all photos take 0.0 GiB, too much for the memory")
+
+
 def test_outline_and_verdict_agree():
     run = common.Run(None, {}, 1.0, (0.0, 1.0, 2.0), "")
     pixels, quiet = torch.zeros(3, 40, 40), torch.full((40, 40), 0.2)

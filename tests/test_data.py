@@ -5,6 +5,7 @@ import common
 import numpy as np
 import pytest
 import torch
+from conftest import load_split
 from conftest import split as split_of
 from PIL import Image
 from torchvision import transforms
@@ -123,7 +124,7 @@ def with_mask(folder, mask, name="000_mask.png", **settings):
     image = folder / "test/crack/000.png"
     Image.new("RGB", mask.shape[::-1]).save(image)
     Image.fromarray(np.uint8(mask)).save(folder / "ground_truth/crack" / name, **settings)
-    split, errors = common.load_split([image], 256, 224)
+    split, errors = load_split([image])
     assert not errors
     return split
 
@@ -200,7 +201,7 @@ def test_small_photos_are_enlarged_as_by_torchvision(tmp_path, capsys, gradient)
     paths = [tmp_path / "good" / name for name in ("a.png", "b.png")]
     for path in paths:
         Image.fromarray(gradient).save(path)  # 60 x 40
-    split, errors = common.load_split(paths)
+    split, errors = load_split(paths)
     steps = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
     expected = np.asarray(steps(Image.fromarray(gradient)))
     np.testing.assert_array_equal(split.images[1].permute(1, 2, 0).numpy(), expected)
@@ -321,7 +322,7 @@ def test_a_photo_turned_by_exif_without_its_mask_is_named(tmp_path, capsys):
     exif[common.ORIENTATION] = 3
     photo = tmp_path / "test/crack/000.png"
     Image.open(photo).save(photo, exif=exif)
-    common.load_split([photo])
+    load_split([photo])
     err = capsys.readouterr().err
     assert err.startswith("1 photos are turned by an EXIF tag that their masks lack")
     assert "000.png with " in err
@@ -336,7 +337,7 @@ def test_many_masks_get_running_numbers(tmp_path):
         Image.open(tmp_path / "test/crack/000.png").save(photos[-1])
         mask = Image.open(tmp_path / "ground_truth/crack/000_mask.png")
         mask.save(tmp_path / f"ground_truth/crack/{name}_mask.png")
-    split, _ = common.load_split(photos)
+    split, _ = load_split(photos)
     assert [regions.unique().tolist() for regions in split.regions] == [
         [0, 1, 2], [0, 3, 4], [0, 5, 6]
     ]  # fmt: skip
