@@ -848,15 +848,24 @@ PICKS = 256  # picks among them at most
 
 
 def plain_greedy_coreset(features, size: int, first: int) -> list[int]:
-    """PatchCore's algorithm 1, in float64: all distances to each pick. Returns the picks."""
+    """The greedy selection of PatchCore's algorithm 1, in float64. Returns the picks, in order.
+
+        1  M_C = {}
+        2  for i in 0 .. l - 1:
+        3      m_i = arg max over m in M - M_C of  min over n in M_C of  |psi(m) - psi(n)|
+        4      M_C = M_C with m_i
+
+    features: psi(M), (N, D). size: l. first: m_0, which line 3 leaves open, as M_C is empty.
+    """
     rows = features.double()
-    distances = torch.full((len(rows),), torch.inf, device=rows.device)  # to the nearest pick
-    picks = [first]  # line 1 begins with an empty M_C, and so may pick any row
-    while len(picks) < size:  # line 2
-        to_pick = (rows - rows[picks[-1]]).square().sum(dim=1).sqrt()
-        distances = torch.minimum(distances, to_pick)  # line 3: min over n in M_C
-        distances[picks[-1]] = -1.0  # a pick is no candidate, even where only duplicates are left
-        picks.append(int(distances.argmax()))  # line 3: arg max; line 4: add it to M_C
+    distances = torch.full((len(rows),), torch.inf, device=rows.device)
+    picks = [first]
+    while len(picks) < size:  # algorithm 1, line 2
+        newest = picks[-1]
+        to_newest = (rows - rows[newest]).square().sum(dim=1).sqrt()
+        distances = torch.minimum(distances, to_newest)  # algorithm 1, line 3: min over n in M_C
+        distances[newest] = -1.0  # algorithm 1, line 3: m in M - M_C
+        picks.append(int(distances.argmax()))  # algorithm 1, line 3: arg max; and line 4
     return picks
 
 
@@ -903,12 +912,18 @@ def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
     assignment = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     picks = first[:0].to(rows.device)
     new = first.to(rows.device)
-    note_duration(rows, size)
-    with progress(description="coreset", total=size) as bar:
+    seconds = coreset_duration(rows, size)
+    if seconds >= 600:
+        fewer = "a tenth of the picks (see --coreset) takes a quarter to a tenth of that"
+        note(f"the coreset takes about {seconds / 60:.0f} minutes: {fewer}")
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} picks{postfix}"
+    with progress(description="coreset", total=size, bar_format=form) as bar:
         while len(new):
             meet(rows, new, len(picks), squared, assignment)
             squared[new] = -1.0  # a pick is no candidate
             picks = torch.cat([picks, new])
+            left = seconds * (1 - len(picks) / size)
+            bar.set_postfix_str(f"about {left:.0f} s left", refresh=False)
             bar.update(len(new))
             new = farthest_rows(rows, squared, size - len(picks))
     distances = squared.clamp_(min=0).sqrt_()
@@ -918,9 +933,9 @@ def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
     return Coreset(picks.to(device), assignment.to(device), distances.to(device))
 
 
-def note_duration(rows, size: int) -> None:
-    """Says how long the coreset takes, from ten minutes on. The bounds of all rows against all
-    picks take about half of it, and those of one block are measured here."""
+def coreset_duration(rows, size: int) -> float:
+    """About how many seconds `coreset_torch` takes. The bounds of all rows against all picks take
+    half of them, so they grow with rows x picks. Those of one block are measured here."""
     picks = MemoryBank(rows[:PICKS], num_axes=0)
     durations = []
     for _ in range(3):
@@ -928,14 +943,11 @@ def note_duration(rows, size: int) -> None:
         picks.lower_bounds(rows[:ROWS])
         durations.append(time.perf_counter() - start)
     blocks = len(rows) / ROWS * size / PICKS
-    minutes = 2 * min(durations) * blocks / 60
-    if minutes >= 10:
-        fewer = "a tenth of the picks (see --coreset) takes a quarter to a tenth of that"
-        note(f"the coreset takes about {minutes:.0f} minutes: {fewer}")
+    return 2 * min(durations) * blocks
 
 
 def meet(rows, new, count: int, squared, assignment) -> None:
-    """Line 3 of algorithm 1 for all rows and the picks `new`, which come after `count` others.
+    """Algorithm 1, line 3: the min for all rows, of picks `new` that come after `count` others.
 
     Brings squared, (N,) float64, and assignment, (N,), up to date. The lower bound of chapter 3
     tells which picks may be nearer to a row than what it has; only those are measured, the one
@@ -969,7 +981,7 @@ def farthest_rows(rows, squared, wanted: int):
     vectors = rows[frontier].double()
     picks = torch.empty(min(PICKS, wanted), dtype=torch.int64, device=rows.device)
     radii = torch.empty_like(picks, dtype=torch.float64)
-    for step in range(len(picks)):  # algorithm 1 on the frontier; no wait for the device
+    for step in range(len(picks)):  # algorithm 1, lines 2 to 4, on the frontier alone
         radii[step], picks[step] = inside.max(dim=0)
         to_pick = (vectors - vectors[picks[step]]).square_().sum(dim=1)
         inside = torch.minimum(inside, to_pick)

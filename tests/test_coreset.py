@@ -99,3 +99,13 @@ def test_the_cover_is_that_of_the_picks(generator):
 def test_refuses_what_it_cannot_pick_from(features, size, message):
     with pytest.raises(ValueError, match=message):
         common.greedy_coreset(features, size)
+
+
+def test_a_coreset_of_minutes_is_foretold(generator, monkeypatch, capsys):
+    features = torch.randn(3000, 8, generator=generator)
+    assert 0 < common.coreset_duration(features, 300) < 5
+    for seconds, lines in [(599, 0), (1300, 1)]:
+        monkeypatch.setattr(common, "coreset_duration", lambda rows, size, s=seconds: s)
+        common.greedy_coreset(features, 20)
+        err = capsys.readouterr().err
+        assert err.count("the coreset takes about 22 minutes: a tenth of the picks") == lines
