@@ -107,7 +107,8 @@ def in_threads(function, items):
             return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(attempt, items)
+        for start in range(0, len(items), 64):  # no more than these wait to be used
+            yield from pool.map(attempt, items[start : start + 64])
 
 
 # ------------------------------------------------------------------ 1. dataset
@@ -202,7 +203,8 @@ def load_split(paths, resize, crop, bits, remarks) -> tuple[Split, list[UserErro
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     side = crop or resize
     images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    regions = torch.zeros(len(paths), side, side, dtype=torch.int32)
+    zeros = np.zeros((len(paths), side, side), np.int32)  # takes no memory until it is written to
+    regions = torch.from_numpy(zeros)
     has_mask = kinds == "good"
     folders = {mask_folder(path) for path in paths}
     masks = {m.with_suffix(""): m for folder in folders for m in folder.glob("*_mask.*")}
@@ -419,7 +421,7 @@ def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np
 
     Near is less than a tenth of what is usual around an image: of the distance to its (N / 8)-th
     nearest training image, or at least to the third. Bursts of one part had 0.008 to 0.046 of the
-    usual distance, photos of different parts 0.24 and more.
+    usual distance, photos of different parts 0.246 and more.
     """
     originals = thumbnails(train, 32).flatten(1).double()  # (N, 3072)
     others = thumbnails(test, 32).flatten(1).double()  # (T, 3072)
@@ -451,7 +453,7 @@ def copied_rows(queries: torch.Tensor, rows: torch.Tensor, rank: int):
 
 STAGES = ["normalize", "stem", "layer1", "layer2", "layer3", "layer4"]
 NO_WEIGHTS = "no pretrained weights"  # of the autoencoder, whose backbone is "none"
-DISK_FROM = 0.5  # share of the free memory from which on features lie on disk
+DISK_FROM = 0.2  # share of the free memory from which on features lie on disk
 hooks_lock = threading.Lock()
 
 
@@ -618,8 +620,9 @@ def collect(batches, count: int, scratch=None) -> torch.Tensor:
     """Batches (B, ...) of features as one (count, ...) float32 tensor on the CPU.
 
     It is allocated once and filled, because to join the batches at the end would take twice the
-    room: in memory, or, if it would take more than half of what is free, in a temporary file in the
-    folder `scratch`. Raises UserError if there is no room for it.
+    room: in memory, or, if it would take more than a fifth of what is free, in a temporary file in
+    the folder `scratch`. What a coreset needs besides takes as much again. Raises UserError if
+    there is no room for it.
     """
     features = None
     end = 0

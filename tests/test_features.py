@@ -194,7 +194,7 @@ def test_folded_batch_norms_change_nothing(generator):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
 
 
-@pytest.mark.parametrize("share", [0.5, 0.0])
+@pytest.mark.parametrize("share", [0.2, 0.0])
 def test_collect_fills_one_tensor_and_refuses_what_cannot_fit(
     generator, monkeypatch, tmp_path, share
 ):
