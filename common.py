@@ -639,6 +639,7 @@ def allocate(shape, scratch) -> torch.Tensor:
     size = 4 * math.prod(shape)
     if not goes_to_disk(size, scratch):
         return torch.empty(shape)
+    note(f"the features, {size / 2**30:.1f} GiB, lie in {scratch} during the fit")
     with tempfile.TemporaryFile(dir=scratch) as file:
         with contextlib.suppress(AttributeError):  # not every system can take the room in advance
             os.posix_fallocate(file.fileno(), 0, size)
@@ -1914,8 +1915,7 @@ def check_room(options, backbone) -> None:
         outputs = next(extract(backbone, options.layers, blank))
         columns = sum(output.shape[1] for output in outputs)
         size = 4 * count * columns * outputs[0][0, 0].numel()
-        if goes_to_disk(size, backbone.scratch):
-            note(f"the features, {size / 2**30:.1f} GiB, lie in {backbone.scratch} during the fit")
+        goes_to_disk(size, backbone.scratch)
 
 
 def save_model(model: dict, path: Path | None) -> None:
