@@ -1426,7 +1426,7 @@ def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
     left.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
     left.legend()
     if len(normal) and len(defective):
-        RocCurveDisplay.from_predictions(labels, scores, ax=right, drop_intermediate=False)
+        RocCurveDisplay.from_predictions(labels, scores, ax=right, name="scores")
         false_alarms = (normal > run.threshold).mean()
         reported = (defective > run.threshold).mean()
         right.plot(false_alarms, reported, "o", color="black", label="threshold", clip_on=False)
@@ -2065,8 +2065,8 @@ def check_options(options) -> None:
     options.device = usable_device(options.device)
     if not options.load and not (options.data / "train" / "good").is_dir():
         names = sorted(path.name for path in options.data.glob("*"))[:8]
-        holds = ", ".join(names) or "is no folder, or an empty one"
-        raise UserError(f"--data {options.data}: expected train/good with photos, holds {holds}")
+        holds = ", ".join(names) or "nothing"
+        raise UserError(f"--data {options.data}: expected train/good with photos; it holds {holds}")
     writes = [options.out / "metrics.json", options.save]
     if options.load and not options.data and options.pictures == "none":
         writes = []  # all that comes out is the CSV on stdout
@@ -2074,7 +2074,7 @@ def check_options(options) -> None:
         probe = path.with_name(".writable")
         with atomic(probe) as unfinished:
             unfinished.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another run may have done so
 
 
 def usable_device(name: str) -> str:

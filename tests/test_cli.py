@@ -401,11 +401,11 @@ def one_image(folder):
 
 MASK = "ground_truth/crack/000_mask.png"
 BAD_DATA = {
-    "no folder": (shutil.rmtree, "holds is no folder, or an empty one"),
-    "empty folder": (empty, "holds is no folder, or an empty one"),
+    "no folder": (shutil.rmtree, "it holds nothing"),
+    "empty folder": (empty, "it holds nothing"),
     "other layout": (
         lambda p: (p / "train").rename(p / "training"),
-        "holds ground_truth, test, training",
+        "it holds ground_truth, test, training",
     ),
     "no images": (lambda p: empty(p / "train/good"), "train/good: holds 0 images"),
     "one image": (lambda p: one_image(p / "train/good"), "holds 1 images, expected"),
