@@ -102,11 +102,10 @@ STORY = {  # image AUROC at least and at most, and how to be quick
     "autoencoder": (0.6, 0.92, ["--steps", "200"]),
     "dfr": (0.93, 1, ["--steps", "300"]),
     "knn": (0.92, 1, []),
-    "patchcore": (0.95, 1, []),
-}
+}  # of PatchCore, test_methods.py demands the figures of the README
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STORY)
 def test_each_method_sees_what_the_first_cannot(run_script, tmp_path, method):
     """The story of this repository, on the practice pill with ImageNet features from pip."""
     least, most, quick = STORY[method]
@@ -114,7 +113,7 @@ def test_each_method_sees_what_the_first_cannot(run_script, tmp_path, method):
     assert (code, "near-copies" in err) == (0, False), err
     found = json.loads((tmp_path / f"results/{method}/metrics.json").read_text())
     assert least <= found["image_auroc"] <= most
-    if method in ("dfr", "patchcore"):
+    if method == "dfr":
         local = [of for kind, of in found["per_defect"].items() if kind != "pill_type"]
         assert min(figures["pixel_auroc"] for figures in local) > 0.98
 

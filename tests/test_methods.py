@@ -369,3 +369,7 @@ def test_the_readme_in_a_notebook():
     names = {}
     exec(snippets()[1], names)
     assert f"{names['auroc']:.4f} {names['pro']:.4f}" == "0.9655 0.9085"
+    test, result = names["test"], names["result"]
+    for kind in set(test.kinds) - {"good", "pill_type"}:
+        local = np.isin(test.kinds, ["good", kind])
+        assert common.pixel_auroc(result.maps[local], test.masks[local]) > 0.98
