@@ -109,3 +109,12 @@ def test_a_coreset_of_minutes_is_foretold(generator, monkeypatch, capsys):
         common.greedy_coreset(features, 20)
         err = capsys.readouterr().err
         assert err.count("the coreset takes about 22 minutes: a tenth of the picks") == lines
+
+
+def test_of_equally_near_picks_a_row_is_assigned_to_the_earliest():
+    features = torch.tensor([[0.0], [2.0], [1.0]])
+    for seed in range(8):
+        picks, assignment, distances = common.greedy_coreset(features, 2, seed, with_cover=True)
+        if picks[0] < 2:  # then the second pick is as near to the last row as the first
+            assert assignment[2] == 0
+            assert distances[2] == 1

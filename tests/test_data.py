@@ -259,9 +259,7 @@ def test_a_slow_drift_is_no_chain_of_copies(generator):
     start, end = photos(2, 0, generator).float()
     share = torch.linspace(0, 1, 50).view(50, 1, 1, 1)
     drift = photos(50, 0, generator, start + share * (end - start))
-    rest = common.without_copies(split_of(drift), split_of(drift[:0])).images.float().flatten(1)
-    assert len(rest) > 20
-    assert torch.cdist(drift.float().flatten(1), rest).amin(1).max() < 0.1 * rest[0].dist(rest[-1])
+    assert len(common.without_copies(split_of(drift), split_of(drift[:0])).images) == 50
 
 
 def test_photos_that_differ_stay_and_nothing_is_said(generator, capsys):
