@@ -111,17 +111,12 @@ def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> co
         "neighbors": neighbors,
     }
 
-    calibration = shuffled(len(images), seed)[:CALIBRATION].sort().values
+    calibration = common.shuffled(len(images), seed)[:CALIBRATION].sort().values
     result = leave_one_out(images, features, projected, cover, calibration, state)
-    sample = shuffled(len(rows), seed)[:20000].to(projected.device)
+    sample = common.shuffled(len(rows), seed)[:20000].to(projected.device)
     cloud = projected[sample].cpu()
     figure = partial(draw_coreset, cloud, projected[cover.picks].cpu(), len(rows), seed)
     return common.Fitted(state, calibration, result, {"coreset.png": figure})
-
-
-def shuffled(count: int, seed: int) -> torch.Tensor:
-    """The numbers below `count` in a random order."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def project(rows: torch.Tensor, seed: int) -> torch.Tensor:

@@ -911,7 +911,7 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
 
 def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
     """What `greedy_coreset` returns with its cover, in plain torch, on the features' device."""
-    rows = features.cpu() if features.device.type == "mps" else features  # MPS has no float64
+    rows = features.cpu() if features.device.type == "mps" else features
     squared = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
     assignment = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     picks = first[:0].to(rows.device)
@@ -931,7 +931,7 @@ def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
             bar.update(len(new))
             new = farthest_rows(rows, squared, size - len(picks))
     distances = squared.clamp_(min=0).sqrt_()
-    if rows is not features:
+    if rows is not features:  # MPS has no float64
         distances = distances.float()
     device = features.device
     return Coreset(picks.to(device), assignment.to(device), distances.to(device))
@@ -1254,12 +1254,17 @@ def scores_needed(false_alarm_rate: float) -> int:
 def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of images (to train on, held out for the threshold), drawn from `seed`. Held out is a
     fifth, or as many as the rate takes (19 for 0.05) if that is at most a third."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = shuffled(count, seed)
     held_out = max(1, round(count / 5))
     needed = scores_needed(false_alarm_rate)
     if held_out < needed <= count // 3:
         held_out = needed
     return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def shuffled(count: int, seed: int) -> torch.Tensor:
+    """The numbers below `count` in a random order, (count,) int64, drawn from `seed`."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 # ==================================================================== the science ends here
@@ -1269,6 +1274,8 @@ def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
 MARGINS = {"left": 0.07, "right": 0.98, "bottom": 0.15, "top": 0.88}  # of figures with axes
+UNLIKE_TRAINING = "train/good lacks what they show (does it hold copies of one part, or another "
+UNLIKE_TRAINING += "light or file format?): add normal photos that are taken like these"
 font = functools.cache(ImageFont.load_default)
 
 
@@ -1292,8 +1299,8 @@ def report(run: Run, test: Split, detect) -> None:
     """
     options = run.options
     if not test.paths:
-        names = ", ".join(sorted(path.name for path in options.data.iterdir()))
         if not options.save and not options.predict:
+            names = ", ".join(sorted(path.name for path in options.data.iterdir()))
             note(f"{options.data}/test holds no image to evaluate on: {options.data} holds {names}")
         return
     start = time.perf_counter()
@@ -1375,11 +1382,8 @@ def note_false_alarms(run: Run, metrics: dict) -> None:
     alarms = metrics["false_alarms"]
     count = metrics["normal_images"]
     if stats.binom.sf(alarms - 1, count, rate) < 0.001:
-        note(
-            f"{alarms} of {count} normal test images are above the threshold, far more than "
-            f"{rate:.0%}: train/good lacks what they show (it may hold copies of one part, or "
-            "another light or file format): add photos taken like them"
-        )
+        share = f"{alarms} of {count} normal test images are above the threshold"
+        note(f"{share}, far more than {rate:.0%}: {UNLIKE_TRAINING}")
 
 
 def show_tables(run: Run, test: Split, metrics: dict, runs: list[dict]) -> None:
@@ -1816,8 +1820,6 @@ EXIT_CODES = """exit codes: 0 done; 1 some photos could not be read or their pic
 RUN_OPTIONS = {"data", "out", "batch_size", "device", "false_alarm_rate", "save", "load"}
 RUN_OPTIONS |= {"predict", "pictures", "method"}
 PRACTICE_PILL = Path(__file__).parent / "tests" / "practice_pill"
-UNLIKE_TRAINING = "train/good lacks what they show (does it hold copies of one part, or another "
-UNLIKE_TRAINING += "light or file format?): add normal photos that are taken like these"
 
 
 @contextlib.contextmanager
