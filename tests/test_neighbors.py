@@ -180,8 +180,8 @@ def test_memory_is_bounded():
         (torch.ones(2, 3), torch.ones(4, 2), 1, "3 columns, the bank 2"),
         (torch.ones(2, 3).double(), torch.ones(4, 3), 1, "queries: expected 2-D float32"),
         (torch.ones(2, 3), torch.ones(4), 1, "bank: expected 2-D float32"),
-        (torch.tensor([[0.0, 1], [2, torch.nan]]), torch.ones(4, 2), 1, "nan at row 1, column 1"),
-        (torch.ones(2, 2), torch.tensor([[0.0, -torch.inf]]), 1, "bank: -inf at row 0, column 1"),
+        (torch.tensor([[0.0, 1], [2, torch.nan]]), torch.ones(4, 2), 1, "queries: row 1 holds NaN"),
+        (torch.ones(2, 2), torch.tensor([[0.0, -torch.inf]]), 1, "bank: row 0 holds NaN"),
     ],
 )
 def test_refuses_what_it_cannot_search(queries, bank, k, message):
