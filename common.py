@@ -1399,7 +1399,7 @@ def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
     figure = Figure(figsize=(9, 3.5))
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1], gridspec_kw=MARGINS)
     by_label = {"label": ["normal", "defective"], "color": ["tab:blue", "tab:red"]}
-    left.hist([scores[~labels], scores[labels]], 30, **by_label)
+    left.hist([scores[~labels], scores[labels]], 20, **by_label)
     left.axvline(run.threshold, color="black", linestyle="--", label="threshold")
     left.set(xlabel="anomaly score", ylabel="test images")
     left.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
