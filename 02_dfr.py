@@ -92,10 +92,9 @@ def fit(
     """Trains on normal images (N, 3, S, S) uint8, but for those held out for the threshold."""
     trained, held_out = common.hold_out(len(images), seed, false_alarm_rate)
     outputs = common.extract(backbone, layers, images[trained], "fit: features")
-    batches = (regional_features(batch).permute(0, 2, 3, 1) for batch in outputs)
-    regions = common.collect(batches, len(trained), backbone.scratch).flatten(
-        0, 2
-    )  # (n * h * w, C)
+    batches = ([regional_features(batch).permute(0, 2, 3, 1)] for batch in outputs)
+    (regions,) = common.collect(batches, len(trained), backbone.scratch)  # (n, h, w, C)
+    regions = regions.flatten(0, 2)  # (n * h * w, C)
     # differs from the paper: standardization: every channel is brought to mean 0 and about the same
     # variance, lest the few with large values decide alone. A tenth of the mean deviation is added,
     # so that dead channels stay quiet.

@@ -89,14 +89,15 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
 # paper tries 1 %, 10 % and 25 % for the coreset, and leaves b open.
 def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> common.Fitted:
     """Section 3.2, algorithm 1: the memory bank of normal images (N, 3, S, S) uint8."""
-    batches = map(patch_features, common.extract(backbone, layers, images, "fit: features"))
-    features = common.collect(batches, len(images), backbone.scratch)  # (N, h, w, C)
+    outputs = common.extract(backbone, layers, images, "fit: features")
+    batches = (describe(batch, seed) for batch in outputs)
+    features, projected = common.collect(batches, len(images), backbone.scratch)  # (N, h, w, C)
     rows = features.flatten(0, 2)  # M: (N * h * w, C)
+    projected = projected.flatten(0, 2).to(backbone.device)  # (N * h * w, 128)
     # differs from the paper: size: its code takes the integer part, and this rounds.
     size = max(1, round(coreset * len(rows)))
     if neighbors > size:
         raise common.UserError(f"--neighbors {neighbors}: the memory bank holds {size} rows")
-    projected = project(rows, seed).to(backbone.device)  # (N * h * w, 128)
     # differs from the paper: start: its code first picks the row that is farthest from ten random
     # rows on average. Here the first pick is drawn from the seed.
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
@@ -119,18 +120,24 @@ def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> co
     return common.Fitted(state, calibration, result, {"coreset.png": figure})
 
 
-def project(rows: torch.Tensor, seed: int) -> torch.Tensor:
-    """psi: (n, C) to (n, 128), for the coreset's distances alone; the bank keeps whole features.
+def describe(outputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """The patch features of a batch, (B, h, w, C), and psi of them, (B, h, w, 128)."""
+    features = patch_features(outputs)
+    return [features, project(features, seed)]
+
+
+def project(features: torch.Tensor, seed: int) -> torch.Tensor:
+    """psi: (..., C) to (..., 128), for the coreset's distances alone; the bank keeps all of C.
 
     128 random directions keep squared distances, typically to 12 % (Johnson and Lindenstrauss).
     """
-    if rows.shape[1] <= 128:
-        return rows
+    if features.shape[-1] <= 128:
+        return features
     # differs from the paper: projection: its code takes a linear layer as torch initializes it, so
     # uniform numbers and not Gaussian ones.
     projection = GaussianRandomProjection(128, random_state=seed)
-    matrix = projection.fit(np.zeros((1, rows.shape[1]), np.float32)).components_  # (128, C)
-    return rows @ torch.from_numpy(matrix.T).to(rows)
+    matrix = projection.fit(np.zeros((1, features.shape[-1]), np.float32)).components_
+    return features @ torch.from_numpy(matrix.T).to(features)  # matrix: (128, C)
 
 
 class Scored(NamedTuple):

@@ -26,6 +26,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import shutil
 import socket
@@ -601,34 +602,39 @@ def resize(images: torch.Tensor, size) -> torch.Tensor:
     return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=shrinks)
 
 
-def collect(batches, count: int, scratch=None) -> torch.Tensor:
-    """Batches (B, ...) of features as one (count, ...) float32 tensor on the CPU.
+def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
+    """Batches, each a list of features (B, ...), as a list of (count, ...) float32 CPU tensors.
 
-    It is allocated once and filled, because to join the batches at the end would take twice the
-    room: in memory, or, if it would take more than a fifth of what is free, in a temporary file in
-    the folder `scratch`. What a coreset needs besides takes as much again. Raises UserError if
-    there is no room for it.
+    They are allocated once and filled, because to join the batches at the end would take twice the
+    room: in memory, or, for what would take more than a fifth of what is free, in a temporary file
+    in the folder `scratch`. Raises UserError if there is no room for it.
     """
-    features = None
+    stores = []
     end = 0
     for batch in batches:
-        if features is None:
-            features = allocate((count, *batch.shape[1:]), scratch)
-        features[end : end + len(batch)] = batch
-        end += len(batch)
-    return features
+        if not stores:
+            stores = [allocate((count, *part.shape[1:]), scratch) for part in batch]
+        for (tensor, forget), part in zip(stores, batch, strict=True):
+            tensor[end : end + len(part)] = part
+            forget()
+        end += len(batch[0])
+    return [tensor for tensor, _ in stores]
 
 
-def allocate(shape, scratch) -> torch.Tensor:
-    """An empty float32 tensor, in memory or in a file without a name; see `collect`."""
+def allocate(shape, scratch):
+    """An empty float32 tensor, in memory or in a file without a name, and a function that takes
+    what is in the file already out of the memory; see `collect`."""
     size = 4 * math.prod(shape)
     if not goes_to_disk(size, scratch):
-        return torch.empty(shape)
+        return torch.empty(shape), lambda: None
     note(f"the features, {size / 2**30:.1f} GiB, lie in {scratch} during the fit")
     with tempfile.TemporaryFile(dir=scratch) as file:
+        file.truncate(size)
         with contextlib.suppress(AttributeError):  # not every system can take the room in advance
             os.posix_fallocate(file.fileno(), 0, size)
-        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
+        pages = mmap.mmap(file.fileno(), size)
+    tensor = torch.frombuffer(pages, dtype=torch.float32).view(shape)
+    return tensor, functools.partial(pages.madvise, mmap.MADV_DONTNEED)
 
 
 def goes_to_disk(size: int, scratch) -> bool:

@@ -128,7 +128,7 @@ def random_features(images):
     """(N, 28, 28, 1536): layer2 and layer3 of a random ResNet50."""
     backbone = common.load_backbone("resnet50", "random", device=DEVICE)
     outputs = common.extract(backbone, patchcore.LAYERS, images)
-    return common.collect(map(patchcore.patch_features, outputs), len(images))
+    return common.collect(([patchcore.patch_features(o)] for o in outputs), len(images))[0]
 
 
 def benchmark_neighbors(options):

@@ -200,8 +200,12 @@ def test_collect_fills_one_tensor_and_refuses_what_cannot_fit(
 ):
     monkeypatch.setattr(common, "DISK_FROM", share)  # 0: all features lie on disk
     rows = torch.randn(70, 3, generator=generator)
-    assert torch.equal(common.collect(rows.split(16), 70, tmp_path), rows)
+    batches = list(zip(rows.split(16), rows[:, 1:].split(16), strict=True))
+    for tensor, expected in zip(
+        common.collect(batches, 70, tmp_path), (rows, rows[:, 1:]), strict=True
+    ):
+        assert torch.equal(tensor, expected)
     assert list(tmp_path.iterdir()) == []
     if Path("/proc/meminfo").exists():
         with pytest.raises(common.UserError, match=r"features of all photos take .* GiB, too much"):
-            common.collect(rows.split(16), 10**13, tmp_path)
+            common.collect(batches, 10**13, tmp_path)
