@@ -41,8 +41,9 @@ def fit(images, backbone, neighbors=5) -> common.Fitted:
     """The memory bank of normal images (N, 3, S, S) uint8: one row per image."""
     bank = embed(images, backbone, "fit: features")  # (N, C)
     if neighbors >= len(bank):
-        reason = f"there are {len(bank)} normal images: lower it"
-        raise common.UserError(f"--neighbors {neighbors}: {reason}")
+        raise common.UserError(
+            f"--neighbors {neighbors}: there are {len(bank)} normal images: lower it"
+        )
     # Small copies of the images, to show the nearest ones in the pictures, also after --load.
     small = common.thumbnails(images, 112).round().byte()
     thumbnails = small.permute(0, 2, 3, 1).contiguous()

@@ -174,8 +174,10 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     if not with_train:
         return train, test
     if crop:
-        square = f"the square in a photo's center, {crop / resize:.0%} of its shorter side"
-        note(f"the network sees {square}; with --crop 0 it sees the whole photo")
+        note(
+            f"the network sees the square in a photo's center, {crop / resize:.0%} of its shorter "
+            "side; with --crop 0 it sees the whole photo"
+        )
     return without_copies(train, test), test
 
 
@@ -191,8 +193,8 @@ def image_files(folder: Path, depth: int | None = 0) -> list[Path]:
             continue
         is_photo = path.suffix.lower() in SUFFIXES and depth in (None, len(folders))
         (photos if is_photo else passed_over).append(path)
-    advice = "HEIC takes: pip install pillow-heif"
-    note_names(f"files in {folder} are no photos in their place ({advice})", passed_over)
+    heic = "HEIC takes: pip install pillow-heif"
+    note_names(f"files in {folder} are no photos in their place ({heic})", passed_over)
     return photos
 
 
@@ -260,10 +262,9 @@ def mask_of(path: Path, masks: dict, remarks: dict) -> Path | None:
 def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, remarks: dict):
     """The defect regions of a photo of this size, (S, S) int32; see `load_split`."""
     gray = read_mask(mask_path)
-    height, width = gray.shape
-    if (width, height) != size:
-        photo_size = f"its photo is {size[0]} x {size[1]}"
-        raise UserError(f"{mask_path}: is {width} x {height}, but {photo_size}")
+    own_size = gray.shape[::-1]  # (width, height)
+    if own_size != size:
+        raise UserError(f"{mask_path}: is {own_size}, expected {size} as its photo")
     regions, count = defect_regions(gray)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0]
     if count == 0:
@@ -364,8 +365,7 @@ def readable(name):
     except MemoryError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name}: cannot be read as an image ({reason}): replace it") from None
+        raise UserError(f"{name}: cannot be read as an image ({error}): replace it") from None
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
@@ -376,8 +376,10 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
     S = resize. A mask takes the nearest pixel. Raises UserError for sides beyond 1 to 50.
     """
     if max(image.size) > 50 * min(image.size):
-        size = f"{image.width} x {image.height}"
-        raise UserError(f"{name}: is {size}, expected sides of at most 1 to 50: cut it to the part")
+        raise UserError(
+            f"{name}: is {image.width} x {image.height}, expected sides of at most 1 to 50: cut it "
+            "to the part"
+        )
     mode = image_transforms.InterpolationMode["NEAREST" if is_mask else "BILINEAR"]
     size = resize if crop else [resize, resize]
     image = image_transforms.resize(image, size, mode)
@@ -533,9 +535,10 @@ def fill_in(network: torch.nn.Module, weights: dict, name: str, source: str) -> 
     shapes = shapes_of(usable)
     misfits = {key for key, _ in shapes.items() ^ shapes_of(network.state_dict()).items()}
     if misfits:
-        reason = f"{len(misfits)} tensors are missing, unknown or of another shape, {min(misfits)}"
-        advice = f"pass the --backbone that the weights belong to (not {name})"
-        raise UserError(f"--weights {source}: {reason} for one: {advice}")
+        raise UserError(
+            f"--weights {source}: {len(misfits)} tensors are missing, unknown or of another shape, "
+            f"{min(misfits)} for one: pass the --backbone that they belong to (not {name})"
+        )
     network.load_state_dict(usable, strict=False)  # without the counters of batches
 
 
@@ -643,11 +646,11 @@ def goes_to_disk(size: int, scratch) -> bool:
         return False
     free = shutil.disk_usage(scratch).free
     if size > 0.95 * free:
-        sizes = (
-            f"{size / 2**30:.1f} GiB, too much for the memory, and {scratch} has {free / 2**30:.1f}"
+        raise UserError(
+            f"the features of all photos take {size / 2**30:.1f} GiB, too much for the memory and "
+            f"for {scratch}: use fewer photos, a smaller --crop or --backbone, or another --out or "
+            "TMPDIR"
         )
-        advice = "use fewer photos, a smaller --crop or --backbone, or another --out or TMPDIR"
-        raise UserError(f"the features of all photos take {sizes} GiB free: {advice}")
     return True
 
 
@@ -905,8 +908,10 @@ def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
     new = first.to(rows.device)
     seconds = coreset_duration(rows, size)
     if seconds >= 600:
-        fewer = "a tenth of the picks (see --coreset) takes a quarter to a tenth of that"
-        note(f"the coreset takes about {seconds / 60:.0f} minutes: {fewer}")
+        note(
+            f"the coreset takes about {seconds / 60:.0f} minutes: a tenth of the picks (see "
+            "--coreset) takes a quarter to a tenth of that"
+        )
     form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} picks{postfix}"
     with progress(description="coreset", total=size, bar_format=form) as bar:
         while len(picks) < size:
@@ -1106,8 +1111,10 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
         raise ValueError(f"backend is {backend!r}: expected auto, torch or cupy")
     usable = tensor.is_cuda and backend != "torch" and k <= THREADS and cuda_kernels() is not None
     if backend == "cupy" and not usable:
-        got = f"got {tensor.device.type} and k = {k}"
-        raise ValueError(f"backend cupy: needs CuPy, CUDA tensors and k up to {THREADS}, {got}")
+        raise ValueError(
+            f"backend cupy: needs CuPy, CUDA tensors and k up to {THREADS}, got "
+            f"{tensor.device.type} and k = {k}"
+        )
     return usable
 
 
@@ -1366,8 +1373,10 @@ def note_false_alarms(run: Run, metrics: dict) -> None:
     alarms = metrics["false_alarms"]
     count = metrics["normal_images"]
     if stats.binom.sf(alarms - 1, count, rate) < 0.001:
-        share = f"{alarms} of {count} normal test images are above the threshold"
-        note(f"{share}, far more than {rate:.0%}: {UNLIKE_TRAINING}")
+        note(
+            f"{alarms} of {count} normal test images are above the threshold, far more than "
+            f"{rate:.0%}: {UNLIKE_TRAINING}"
+        )
 
 
 def show_tables(run: Run, metrics: dict, runs: list[dict]) -> None:
@@ -1376,28 +1385,28 @@ def show_tables(run: Run, metrics: dict, runs: list[dict]) -> None:
     file = sys.stderr if options.predict else sys.stdout  # stdout is for the predictions
     say = functools.partial(print, file=file)
     say(f"\n{options.method} on {options.data}, {metrics['weights']}")
-    say(table_row("defect type", METRICS, "reported"))
+    say(table_row("defect type", METRICS, METRICS, "reported"))
     for kind, of_kind in (metrics["per_defect"] | {"all": metrics}).items():
-        say(table_row(kind, of_kind, f"{of_kind['reported']} of {of_kind['images']}"))
-    say(table_row("good", {}, f"{metrics['false_alarms']} of {metrics['normal_images']}"))
+        reported = f"{of_kind['reported']} of {of_kind['images']}"
+        say(table_row(kind, METRICS, of_kind, reported))
+    say(table_row("good", METRICS, {}, f"{metrics['false_alarms']} of {metrics['normal_images']}"))
     if metrics["image_auroc"] is None:
         note("image AUROC is null: it takes photos in test/good and in another folder of test")
     say(f"\nall methods so far on {options.data}")
-    say(table_row("method", METRICS, "fit s", "ms/image", "  weights"))
+    columns = METRICS | {"fit_seconds": "fit s", "ms_per_image": "ms/image"}
+    say(table_row("method", columns, columns, "weights"))
     for other in runs:
-        seconds = f"{other['fit_seconds']:.1f}"
-        per_image = f"{other['ms_per_image']:.0f}"
-        say(table_row(other["method"], other, seconds, per_image, f"  {other['weights']}"))
+        say(table_row(other["method"], columns, other, other["weights"]))
     say(f"\nfiles in {options.out}")
 
 
-def table_row(first: str, metrics: dict, *more: str) -> str:
-    """A line of a table: its first cell, the three METRICS, and more cells."""
+def table_row(first: str, columns, values: dict, last: str) -> str:
+    """A line of a table: its first cell, the values of some columns, and the last cell."""
     row = f"{first:16}"
-    for name in METRICS:
-        value = metrics.get(name)
+    for name in columns:
+        value = values.get(name)
         row += f" {value:12.3f}" if isinstance(value, float) else f" {value or '-':>12}"
-    return row + "".join(f" {cell:>12}" for cell in more)
+    return f"{row}  {last}"
 
 
 def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
@@ -1586,12 +1595,13 @@ def download_weights(name: str) -> dict:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             return weights.get_state_dict(progress=sys.stderr.isatty())
-    except Exception as error:  # no network; or a damaged download, of now or earlier
+    except Exception:  # no network; or a damaged download, of now or earlier
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-        reason = f"delete the damaged {cached}" if cached.exists() else f"download failed ({error})"
-        ways = "take --backbone efficientnet_lite0, whose weights pip has installed, --weights "
-        ways += f"FILE.pth (from {weights.url}), or --weights random"
-        raise UserError(f"--weights imagenet: {reason}; or {ways}") from None
+        raise UserError(
+            "--weights imagenet: the download failed or is damaged: delete "
+            f"{cached} if it is there, or take --backbone efficientnet_lite0, whose weights pip has "
+            f"installed, --weights FILE.pth (from {weights.url}), or --weights random"
+        ) from None
 
 
 def make_model(options, backbone, fitted: Fitted, train: Split, seconds: float) -> dict:
@@ -1617,17 +1627,20 @@ def make_model(options, backbone, fitted: Fitted, train: Split, seconds: float) 
 def load_model(path: Path, method: str | None = None) -> dict:
     """A dict of `make_model` from its file. Raises UserError for another file or method."""
     model = load_torch_file("--load", path, "a file by --save")
-    if model.get("format") != FORMAT or model["method"] != (method or model["method"]):
-        kind = f"{model.get('format')}, {model.get('method')}"
-        raise UserError(f"--load {path}: is {kind}, not {FORMAT}, {method}: fit again")
+    kind = f"{model.get('format')}, {model.get('method')}"
+    expected = f"{FORMAT}, {method or model.get('method')}"
+    if kind != expected:
+        raise UserError(f"--load {path}: is {kind}, expected {expected}: fit again")
     return model
 
 
 def check_weights(model: dict, backbone) -> None:
     """Raises UserError for another backbone than the one that the model was fitted with."""
     if model["fingerprint"] != backbone.fingerprint:
-        own = f"{model['weights']}, of other content than these"
-        raise UserError(f"--weights: the saved model was fitted with {own}: pass the same")
+        raise UserError(
+            f"--weights: the saved model was fitted with {model['weights']}, of other content than "
+            "these: pass the same"
+        )
 
 
 def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=0.05):
@@ -1697,8 +1710,10 @@ def predict(run: Run, files: list[Path], detect) -> None:
         note(f"error: {error}")
     note_remarks(remarks)
     judged = counts.total()
-    above = f"{counts['defect']} above the threshold {run.threshold:.4g}"
-    note(f"judged {judged} images, {above}, {len(errors)} broken")
+    note(
+        f"judged {judged} images: {counts['defect']} above the threshold {run.threshold:.4g}, "
+        f"{len(errors)} broken"
+    )
     if judged >= 10 and counts["defect"] > judged / 2:
         note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")
     if highest:
@@ -1892,8 +1907,10 @@ def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
     count = len(model["scores"])
     needed = scores_needed(rate)
     if count < needed:
-        takes = f"--false-alarm-rate {rate:g} takes {needed} normal images, there are {count}"
-        note(f"warning: {takes}: expect a false alarm in about {count + 1}; add to train/good")
+        note(
+            f"warning: --false-alarm-rate {rate:g} takes {needed} normal images, there are {count}:"
+            f" expect a false alarm in about {count + 1}; add to train/good"
+        )
     map_range = None
     if model["peaks"] is not None:
         low = model["median"]
@@ -1913,8 +1930,8 @@ def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
     save_ranked(run, "normal.png", "normal photos, each judged without itself", rows)
     for name, draw in fitted.figures.items():
         save_figure(draw(), run.title, run.options.out / name)
-    spread = f"score {scores.min():.4g} to {scores.max():.4g}; normal.png shows the highest"
-    note(f"threshold {run.threshold:.4g}, from {len(scores)} normal images that {spread}")
+    count = len(scores)
+    note(f"threshold {run.threshold:.4g}, from {count} normal images; normal.png shows the highest")
 
 
 def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
@@ -1933,22 +1950,19 @@ def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
     add("--load", type=Path, help="use a saved model instead of fitting")
     add("--predict", type=Path, nargs="+", help="photos to judge: CSV to stdout")
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
-    rate = "share of normal images that the threshold may report (0.05)"
-    add("--false-alarm-rate", type=number(float, 1e-6, 0.5), default=0.05, help=rate)
-    batch = "images of 224 x 224 at once (16)"
-    add("--batch-size", type=number(int, 1, 4096), default=16, help=batch)
+    rate, count = number(float, 1e-6, 0.5), number(int, 1, 4096)
+    add("--false-alarm-rate", type=rate, default=0.05, help="of normal images, at most (0.05)")
+    add("--batch-size", type=count, default=16, help="images of 224 x 224 at once (16)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
     add("--weights", default="imagenet", help="imagenet (default), random or FILE.pth")
     resnets = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
     names = "any torchvision ResNet (resnet50) or efficientnet_lite0 (default of the practice pill)"
     add("--backbone", choices=[*resnets, "efficientnet_lite0"], metavar="B", help=names)
-    size = "shorter side in pixels (256)"
-    add("--resize", type=number(int, 32, 4096), default=256, help=size)
-    center = "the square that is cut from the center (224); 0: the whole photo is squeezed"
-    add("--crop", type=number(int, 0, 4096), default=224, help=center)
-    bits = "how many bits of a deeper file are in use (16)"
-    add("--bits", type=number(int, 8, 16), default=16, help=bits)
+    add("--resize", type=number(int, 32, 4096), default=256, help="shorter side in pixels (256)")
+    crop = "side of the square that is cut from the center (224); 0: squeeze the whole photo"
+    add("--crop", type=number(int, 0, 4096), default=224, help=crop)
+    add("--bits", type=number(int, 8, 16), default=16, help="in use in a deeper file (16)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0)
     add_options(add)
     parser.set_defaults(**defaults_of(fit))
@@ -1988,8 +2002,10 @@ def parse_options(method: str, description: str, add_options, fit, arguments=Non
     options = parser.parse_args(arguments)
     for name, value in model["settings"].items():
         if name != "weights" and vars(options)[name] != value:
-            option = f"--{name.replace('_', '-')} {vars(options)[name]}"
-            raise UserError(f"{option}: {options.load} was fitted with {value}: fit again")
+            raise UserError(
+                f"--{name.replace('_', '-')} {vars(options)[name]}: {options.load} was fitted with "
+                f"{value}: fit again"
+            )
     return options, model
 
 
