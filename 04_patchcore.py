@@ -316,19 +316,17 @@ def draw_coreset(cloud, picks, count: int, seed: int):
     plane = PCA(2, random_state=seed).fit(cloud[:5000])
     cloud_x, cloud_y = plane.transform(cloud).T
     x, y = plane.transform(picks).T
-    figure = common.Figure(figsize=(10.5, 3.9))
-    room = {"left": 0.01, "right": 0.92, "bottom": 0.02, "top": 0.83, "wspace": 0.04}
-    axes = figure.subplots(1, 3, sharex=True, sharey=True, gridspec_kw=room)
-    dots = {"cmap": "viridis", "norm": common.matplotlib.colors.LogNorm(1, len(picks)), "s": 7}
+    figure = common.Figure(figsize=(10.5, 3.9), layout="constrained")
+    axes = figure.subplots(1, 3, sharex=True, sharey=True)
+    by_order = {"cmap": "viridis", "norm": common.matplotlib.colors.LogNorm(1, len(picks))}
     for axis, share in zip(axes, (0.01, 0.1, 1), strict=True):
         first = max(1, round(share * len(picks)))
         order = np.arange(first)[::-1]  # the first picks on top
-        axis.scatter(cloud_x, cloud_y, s=1, color="lightgray", linewidths=0, rasterized=True)
-        points = axis.scatter(x[order], y[order], c=order + 1, linewidths=0, **dots)
+        axis.scatter(cloud_x, cloud_y, s=1, color="lightgray", rasterized=True)
+        points = axis.scatter(x[order], y[order], s=7, c=order + 1, **by_order)
         axis.set(xticks=[], yticks=[], title=f"the first {first:,} picks")
     axis.set_title(f"the memory bank: {len(picks):,} of {count:,}")
-    bar = figure.add_axes((0.935, 0.1, 0.012, 0.65))
-    figure.colorbar(points, bar, label="order of the picks")
+    figure.colorbar(points, ax=axes, pad=0.01, label="order of the picks")
     return figure
 
 

@@ -1264,7 +1264,6 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
 # out. Read `report` first, then `cells_of`: what is shown of an image.
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
-MARGINS = {"left": 0.07, "right": 0.98, "bottom": 0.15, "top": 0.88}  # of figures with axes
 UNLIKE_TRAINING = "train/good lacks what they show (does it hold copies of one part, or another "
 UNLIKE_TRAINING += "light or file format?): add normal photos that are taken like these"
 font = functools.cache(ImageFont.load_default)
@@ -1411,8 +1410,8 @@ def table_row(first: str, columns, values: dict, last: str) -> str:
 
 def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
     """scores.png: how far normal and defective images lie apart, and the ROC curve that follows."""
-    figure = Figure(figsize=(9, 3.5))
-    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1], gridspec_kw=MARGINS)
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
     by_label = {"label": ["normal", "defective"], "color": ["tab:blue", "tab:red"]}
     left.hist([scores[~labels], scores[labels]], 20, **by_label)
     left.axvline(run.threshold, color="black", linestyle="--", label="threshold")
@@ -1427,7 +1426,7 @@ def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
 
 def draw_losses(losses) -> Figure:
     """loss.png: the training loss, step by step."""
-    axis = Figure(figsize=(6, 3.5)).subplots(gridspec_kw=MARGINS | {"left": 0.12})
+    axis = Figure(figsize=(6, 3.5), layout="constrained").subplots()
     axis.semilogy(losses, color="black", linewidth=0.7)
     axis.set(xlabel="step", ylabel="training loss (MSE)")
     return axis.figure
@@ -1509,12 +1508,11 @@ def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
 
 def save_ranked(run: Run, path: Path, first_line: str, rows: list[list[Cell]]) -> None:
     """`save_picture` with a title that says how to read scores and maps, and whose they are."""
-    colors = ""
+    title = f"{first_line}; defect above {run.threshold:.3g}"
     if run.map_range:
-        low, threshold, high = run.map_range
-        colors = f"maps: black to {low:.3g}, outlined above {threshold:.3g}, light from {high:.3g}"
-    title = f"{first_line}; defect above {run.threshold:.3g}; {colors}\n{run.title}"
-    save_picture(run.options.out / path, title, rows)
+        low, middle, high = run.map_range
+        title += f"; maps: black to {low:.3g}, outlined above {middle:.3g}, light from {high:.3g}"
+    save_picture(run.options.out / path, f"{title}\n{run.title}", rows)
 
 
 def ground_truth(test: Split, i: int) -> Cell:
@@ -1598,9 +1596,9 @@ def download_weights(name: str) -> dict:
     except Exception:  # no network; or a damaged download, of now or earlier
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         raise UserError(
-            "--weights imagenet: the download failed or is damaged: delete "
-            f"{cached} if it is there, or take --backbone efficientnet_lite0, whose weights pip has "
-            f"installed, --weights FILE.pth (from {weights.url}), or --weights random"
+            f"--weights imagenet: the download failed or is damaged: delete {cached} if it is "
+            "there, or take --backbone efficientnet_lite0, whose weights pip has installed, "
+            f"--weights FILE.pth (from {weights.url}), or --weights random"
         ) from None
 
 
