@@ -44,7 +44,7 @@ def add_options(add):
 
 
 def build_autoencoder(latent: int) -> nn.Sequential:
-    """(B, 3, 64, 64) from 0 to 1 -> the same shape, through a bottleneck of (B, latent)."""
+    """Builds a network (B, 3, 64, 64) -> the same, through a bottleneck of (B, latent)."""
     return nn.Sequential(
         resample(nn.Conv2d, 3, 32),  # (B, 32, 32, 32)
         resample(nn.Conv2d, 32, 64),  # (B, 64, 16, 16)
@@ -63,20 +63,20 @@ def build_autoencoder(latent: int) -> nn.Sequential:
 
 
 def resample(convolution, inputs: int, outputs: int) -> nn.Sequential:
-    """A convolution that halves the side, or a transposed one that doubles it."""
+    """Builds a convolution that halves the side, or a transposed one that doubles it."""
     layer = convolution(inputs, outputs, 4, stride=2, padding=1)
     return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.LeakyReLU(0.1))
 
 
 def shrink(images: torch.Tensor, device) -> torch.Tensor:
-    """(B, 3, S, S) uint8 -> (B, 3, 64, 64) float32 from 0 to 1, channels last."""
+    """Shrinks (B, 3, S, S) uint8 to (B, 3, 64, 64) float32 from 0 to 1, channels last."""
     pixels = images.to(device, memory_format=torch.channels_last).float() / 255
     return common.resize(pixels, (SIDE, SIDE))
 
 
 def jitter(images: torch.Tensor) -> torch.Tensor:
-    """Each image turned by up to 3 degrees, shifted by up to 1 % and scaled by up to 2 %: poses of
-    tomorrow; much more would teach the network to redraw defects too."""
+    """Turns each image by up to 3 degrees, shifts it by up to 1 % and scales it by up to 2 %, as
+    tomorrow's poses may be. Much more would teach the network to redraw defects too."""
     limits = torch.tensor([[0.05], [0.02], [0.02], [0.02]])
     angle, scale, x, y = (2 * torch.rand(4, len(images)) - 1) * limits  # (B,) each
     cos = (1 + scale) * angle.cos()
@@ -121,7 +121,7 @@ def fit(
 
 
 def detector(state: dict, backbone):
-    """The function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
+    """Returns the function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
     network = build_autoencoder(state["latent"]).eval()
     network.load_state_dict(state["weights"])
     network = network.to(backbone.device, memory_format=torch.channels_last)
@@ -130,7 +130,7 @@ def detector(state: dict, backbone):
 
 @torch.no_grad()
 def score(network, device, images: torch.Tensor) -> common.Result:
-    """Scores (N,), anomaly maps (N, S, S) and reconstructions of images (N, 3, S, S) uint8."""
+    """Computes scores (N,), anomaly maps (N, S, S) and reconstructions of images (N, 3, S, S)."""
     errors, drawings = [], []
     for batch in common.progress(images.split(BATCH), "score"):
         originals = shrink(batch, device)

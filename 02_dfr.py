@@ -42,9 +42,10 @@ def add_options(add):
 
 
 def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:
-    """Section III, multi-scale regional features: all layers on one grid, then smoothed.
+    """Brings all layers to one grid and smooths them (section III, multi-scale regional features).
 
-    outputs: per layer (B, C, h, w), finest first. Returns (B, C summed over layers, h, w).
+    The outputs are (B, C, h, w) per layer, the finest first. Returns (B, C, h, w), where C is
+    summed over the layers.
     """
     # differs from the paper: regions: it brings the layers to the image's size and averages over
     # 4 x 4 pixels, without padding. Here it is 3 x 3 cells of the finest layer, padded with zeros:
@@ -55,16 +56,14 @@ def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:
 
 
 def latent_size(features: torch.Tensor) -> int:
-    """d: how many principal components hold 90 % of the variance of features (N, C)."""
+    """Returns d: how many principal components hold 90 % of the variance of features (N, C)."""
     variance = PCA(svd_solver="covariance_eigh").fit(features.numpy()).explained_variance_ratio_
     return int((variance.cumsum() < 0.9).sum()) + 1
 
 
 def build_autoencoder(channels: int, d: int) -> nn.Sequential:
-    """(n, C) -> (n, C): each region stands for itself, as by the paper's 1 x 1 convolutions.
-
-    The widths in between are those of its code.
-    """
+    """Builds a network (n, C) -> (n, C). Each region stands for itself, as by the paper's 1 x 1
+    convolutions. The widths in between are those of the paper's code."""
     wide = (channels + 2 * d) // 2
     return nn.Sequential(
         layer(channels, wide),
@@ -140,7 +139,7 @@ def fit(
 
 
 def detector(state: dict, backbone):
-    """The function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
+    """Returns the function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
     network = build_autoencoder(len(state["mean"]), state["d"]).eval()
     network.load_state_dict(state["weights"])
     return partial(score, state, backbone, network.to(backbone.device))
@@ -148,7 +147,7 @@ def detector(state: dict, backbone):
 
 @torch.no_grad()
 def score(state: dict, backbone, network, images: torch.Tensor) -> common.Result:
-    """Scores (N,) and anomaly maps (N, S, S) of images (N, 3, S, S) uint8."""
+    """Computes scores (N,) and anomaly maps (N, S, S) of images (N, 3, S, S) uint8."""
     mean, deviation = state["mean"].to(backbone.device), state["deviation"].to(backbone.device)
     errors = []
     for outputs in common.extract(backbone, state["layers"], images, "score"):

@@ -29,8 +29,9 @@ def add_options(add):
     add("--neighbors", type=count, help="k, the nearest normal images (5)")
 
 
+# differs from the paper: network: ResNet50 by default, not a ResNet of 101 layers, for time.
 def embed(images: torch.Tensor, backbone, description: str) -> torch.Tensor:
-    """f(x): layer4 averaged over the image, (N, C) float32 on the device; ResNet50: C = 2048."""
+    """Computes f(x), layer4 averaged over the image: (N, C) float32, C = 2048 by a ResNet50."""
     averages = []
     for (output,) in common.extract(backbone, ["layer4"], images, description):
         averages.append(output.mean(dim=(2, 3)))  # (B, C)
@@ -38,7 +39,7 @@ def embed(images: torch.Tensor, backbone, description: str) -> torch.Tensor:
 
 
 def fit(images, backbone, neighbors=5) -> common.Fitted:
-    """The memory bank of normal images (N, 3, S, S) uint8: one row per image."""
+    """Builds the memory bank of normal images (N, 3, S, S) uint8, with one row per image."""
     bank = embed(images, backbone, "fit: features")  # (N, C)
     if neighbors >= len(bank):
         raise common.UserError(
@@ -59,7 +60,7 @@ def fit(images, backbone, neighbors=5) -> common.Fitted:
 
 
 def average(distances: torch.Tensor, indices: torch.Tensor, state: dict) -> common.Result:
-    """d(x), (N,), of distances and indices (N, k), and up to three of the k nearest images."""
+    """Computes d(x), (N,), from distances and indices (N, k), and shows the nearest images."""
     pictures = []
     for rank in range(min(3, state["neighbors"])):
         photos = indices[:, rank].cpu()
@@ -72,7 +73,7 @@ def average(distances: torch.Tensor, indices: torch.Tensor, state: dict) -> comm
 
 
 def score(state: dict, backbone, images: torch.Tensor) -> common.Result:
-    """Scores (N,) of images (N, 3, S, S) uint8; no maps, as an image is one vector."""
+    """Scores images (N, 3, S, S) uint8. There are no maps, as an image is one vector."""
     queries = embed(images, backbone, "score")
     bank = state["bank"].to(backbone.device)
     distances, indices = common.nearest_neighbors(queries, bank, state["neighbors"])
@@ -80,7 +81,7 @@ def score(state: dict, backbone, images: torch.Tensor) -> common.Result:
 
 
 def detector(state: dict, backbone):
-    """The function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
+    """Returns the function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
     return partial(score, state, backbone)
 
 

@@ -68,9 +68,10 @@ def add_options(add):
 
 
 def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
-    """Section 3.1: one locally aware feature vector per patch of the finest layer's grid.
+    """Makes one locally aware feature vector per patch of the finest layer's grid (section 3.1).
 
-    outputs: per layer (B, C, h, w), finest first. Returns (B, h, w, C summed over layers).
+    The outputs are (B, C, h, w) per layer, the finest first. Returns (B, h, w, C), where C is
+    summed over the layers.
     """
     finest = outputs[0].shape[2:]
     parts = []
@@ -88,7 +89,7 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
 # differs from the paper: backbone: ResNet50 by default, not WideResNet50, for time and memory. The
 # paper tries 1 %, 10 % and 25 % for the coreset, and leaves b open.
 def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> common.Fitted:
-    """Section 3.2, algorithm 1: the memory bank of normal images (N, 3, S, S) uint8."""
+    """Builds the memory bank of normal images (N, 3, S, S) uint8 (section 3.2, algorithm 1)."""
     outputs = common.extract(backbone, layers, images, "fit: features")
     batches = (describe(batch, seed) for batch in outputs)
     features, projected = common.collect(batches, len(images), backbone.scratch)  # (N, h, w, C)
@@ -121,16 +122,15 @@ def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> co
 
 
 def describe(outputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """The patch features of a batch, (B, h, w, C), and psi of them, (B, h, w, 128)."""
+    """Returns the patch features of a batch, (B, h, w, C), and psi of them, (B, h, w, 128)."""
     features = patch_features(outputs)
     return [features, project(features, seed)]
 
 
 def project(features: torch.Tensor, seed: int) -> torch.Tensor:
-    """psi: (..., C) to (..., 128), for the coreset's distances alone; the bank keeps all of C.
-
-    128 random directions keep squared distances, typically to 12 % (Johnson and Lindenstrauss).
-    """
+    """Applies psi: (..., C) to (..., 128). It serves the coreset's distances alone, and the bank
+    keeps all C columns. 128 random directions keep squared distances, typically to 12 % (Johnson
+    and Lindenstrauss)."""
     if features.shape[-1] <= 128:
         return features
     # differs from the paper: projection: its code takes a linear layer as torch initializes it, so
@@ -141,7 +141,7 @@ def project(features: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 class Scored(NamedTuple):
-    """What section 3.3 says of n images."""
+    """Holds what section 3.3 says of n images."""
 
     s: torch.Tensor  # (n,) the anomaly scores
     distances: torch.Tensor  # (n, h, w) of each patch to the bank
@@ -151,9 +151,9 @@ class Scored(NamedTuple):
 
 
 def score_patches(features: torch.Tensor, bank: common.MemoryBank, b: int) -> Scored:
-    """Section 3.3: how anomalous each image is, and each of its patches.
+    """Finds how anomalous each image is, and each of its patches (section 3.3).
 
-    features: (B, h, w, C). b: of equation 7, at most the rows of the bank.
+    The features are (B, h, w, C), and b is that of equation 7, at most the rows of the bank.
     """
     patches = features.flatten(1, 2)  # (B, h * w, C)
     # differs from the paper: distances: its code takes FAISS's squared ones.
@@ -181,7 +181,7 @@ def score_patches(features: torch.Tensor, bank: common.MemoryBank, b: int) -> Sc
 
 
 def detector(state: dict, backbone):
-    """The function that judges images by a fitted model: (n, 3, S, S) uint8 -> Result."""
+    """Returns the function that judges images by a fitted model: (n, 3, S, S) uint8 -> Result."""
     bank = common.MemoryBank(state["bank"].to(backbone.device))
 
     def detect(images):
@@ -194,7 +194,8 @@ def detector(state: dict, backbone):
 
 
 def result_of(images, batches: list[Scored], origin: torch.Tensor, state: dict) -> common.Result:
-    """The scores, the maps and the tiles of images. origin: of which row of M each row is."""
+    """Puts together the scores, the maps and the tiles of images. `origin` says which row of M each
+    row of the bank is."""
     scored = Scored(*map(torch.cat, zip(*batches, strict=True)))
     maps = common.to_maps(scored.distances, images.shape[2])
     compared = compare(images, scored, origin[scored.nearest], state)
@@ -205,7 +206,7 @@ def result_of(images, batches: list[Scored], origin: torch.Tensor, state: dict) 
 
 
 def leave_one_out(images, features, projected, cover, calibration, state) -> common.Result:
-    """What normal images score by memory banks that have not seen them, so as new ones will.
+    """Scores normal images by memory banks that have not seen them, as new images will be.
 
     To leave out only an image's own rows would tear a hole: the coreset put no other row near them,
     and so patches of other images around there would be far from the bank.
@@ -219,8 +220,8 @@ def leave_one_out(images, features, projected, cover, calibration, state) -> com
     without the image. No theorem says that a new image scores alike: the README has what was
     measured.
 
-    features: (N, h, w, C). projected: (N * h * w, 128). cover: by `greedy_coreset`. calibration:
-    (n,) which images. Returns the result of these.
+    The features are (N, h, w, C), `projected` is (N * h * w, 128), and the cover is that of
+    `greedy_coreset`. Returns the result of the images whose numbers are in `calibration`, (n,).
     """
     rows = features.flatten(0, 2)
     patches = features.shape[1] * features.shape[2]  # of an image
@@ -249,8 +250,8 @@ def leave_one_out(images, features, projected, cover, calibration, state) -> com
 
 
 def refill(bank, projected, in_hole, radius) -> torch.Tensor:
-    """Which of the rows `in_hole` (n,) to add to a bank, the farthest first, until none of them is
-    farther from it than `radius`."""
+    """Finds which of the rows `in_hole`, (n,), to add to a bank, the farthest first, until none of
+    them is farther from it than `radius`."""
     added = in_hole[:0]
     if len(in_hole) == 0:
         return added
@@ -269,16 +270,14 @@ def refill(bank, projected, in_hole, radius) -> torch.Tensor:
 
 
 def small_photos(images: torch.Tensor, room: int) -> torch.Tensor:
-    """The normal images, (N, 3, side, side) uint8, small enough to fit into `room` bytes."""
+    """Shrinks the normal images to (N, 3, side, side) uint8, so that they fit into `room` bytes."""
     side = int((room / (3 * len(images))) ** 0.5)
     return common.thumbnails(images, min(side, images.shape[2])).round().byte()
 
 
 def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> common.Tiles:
-    """The tile "compared": left the worst patch m_test, right the normal patch of its m*.
-
-    origin: (n,) which row of M each m* is.
-    """
+    """Draws the tile "compared": left the worst patch m_test, right the normal patch of its m*.
+    `origin`, (n,), says which row of M each m* is."""
     grid = scored.distances.shape[1:]
     stride = 2 ** (int(max(state["layers"])[-1]) + 1)  # of the coarsest layer: 16 if it is layer3
     window = max(48, 3 * stride)  # pixels that f_agg averages over
@@ -296,7 +295,8 @@ def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> common
 
 
 def around(image: torch.Tensor, cell: torch.Tensor, grid, window: int) -> torch.Tensor:
-    """(3, 2 * window, window) pixels around a cell of the grid, which is outlined; black beyond."""
+    """Cuts (3, 2 * window, window) pixels around a cell of the grid, which it outlines. Beyond the
+    image they are black."""
     side = image.shape[1] / grid[0]  # of the cell, in pixels
     top = float(cell // grid[1]) * side
     left = float(cell % grid[1]) * side
@@ -308,10 +308,10 @@ def around(image: torch.Tensor, cell: torch.Tensor, grid, window: int) -> torch.
 
 
 def draw_coreset(cloud, picks, count: int, seed: int):
-    """coreset.png: patch features in the plane of their two principal axes, and the picks.
+    """Draws coreset.png: patch features in the plane of their two principal axes, and the picks.
 
-    cloud: (20000, 128), a sample of the projected features; the axes are those of its first 5,000.
-    picks: (size, 128), in the order picked. count: of all features.
+    The cloud, (20000, 128), is a sample of the projected features, and the axes are those of its
+    first 5,000. The picks are (size, 128), in the order picked. `count` is that of all features.
     """
     plane = PCA(2, random_state=seed).fit(cloud[:5000])
     cloud_x, cloud_y = plane.transform(cloud).T

