@@ -136,7 +136,7 @@ def score(network, device, images: torch.Tensor) -> common.Result:
         originals = shrink(batch, device)
         drawn = network(originals)  # (B, 3, 64, 64)
         errors.append((originals - drawn).square().mean(dim=1).cpu())  # (B, 64, 64)
-        drawings.append((255 * drawn).round().byte().permute(0, 2, 3, 1).cpu())
+        drawings.append((255 * drawn).round().byte().cpu())
     grids = torch.cat(errors)
     # differs from the paper: map: it is blurred like the other methods' maps, so that they compare,
     # and it is not scaled to 0 and 1.

@@ -46,8 +46,7 @@ def fit(images, backbone, neighbors=5) -> common.Fitted:
             f"--neighbors {neighbors}: there are {len(bank)} normal images: lower it"
         )
     # Small copies of the images, to show the nearest ones in the pictures, also after --load.
-    small = common.thumbnails(images, 112).round().byte()
-    thumbnails = small.permute(0, 2, 3, 1).contiguous()
+    thumbnails = common.thumbnails(images, 112).round().byte()
     state = {"bank": bank.cpu(), "thumbnails": thumbnails, "neighbors": neighbors}
     # A new image is not in the bank. So a normal one must not find itself there: it is one of its
     # own k + 1 neighbors, at distance 0.

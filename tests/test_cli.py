@@ -195,7 +195,7 @@ def test_outline_and_verdict_agree():
     spot = quiet.clone()
     spot[10:20, 10:20] = 1.5
     white = [
-        (common.heat_map(run, pixels, anomaly_map, score) == 255).all(2).any()
+        (common.heat_map(run, pixels, anomaly_map, score) == 255).all(0).any()
         for anomaly_map, score in [(spot, 2), (spot, 0.5), (quiet, 2), (quiet, 0.5)]
     ]
     assert white == [True, False, True, False]
@@ -351,7 +351,7 @@ def truncated(path):
         (lambda path: path.write_text("hello"), "damaged or foreign file"),
         (lambda path: torch.save({"a": 1}, path), "is None, None, expected visual"),
         (lambda path: torch.save([1], path), "damaged or foreign file"),
-        (altered(lambda m: m.update(method="dfr")), "format 5, dfr, expected visual"),
+        (altered(lambda m: m.update(method="dfr")), "format 6, dfr, expected visual"),
         (altered(lambda m: m.update(format="older")), "is older, knn, expected visual"),
         (
             altered(lambda m: m.update(fingerprint="x")),

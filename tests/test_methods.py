@@ -30,7 +30,7 @@ def test_autoencoder_score_is_the_mean_squared_error(scripts, images):
         expected = ((seen - network(seen)) ** 2).flatten(1).mean(1)
     torch.testing.assert_close(scores, expected)
     assert maps.shape == (8, 64, 64)
-    assert drawings.tiles.shape == (8, 64, 64, 3)
+    assert drawings.tiles.shape == (8, 3, 64, 64)
 
 
 def test_jitter_moves_little_and_keeps_a_flat_image(scripts):
@@ -228,7 +228,7 @@ def test_compared_are_the_worst_patch_and_the_photo_of_its_nearest_row(scripts, 
         photo, cell = divmod(nearest, 64)
         assert compared.photos[i] == photo
         assert compared.captions[i] == f"s* {distances.amin(1).max():.4g}"
-        left, right = compared.tiles[i].permute(2, 0, 1).split(48, dim=2)
+        left, right = compared.tiles[i].split(48, dim=2)
         for half, image, place in [(left, images[6 + i], worst), (right, images[photo], cell)]:
             row, column = place // 8 * 8, place % 8 * 8
             outlined = image.clone()
