@@ -109,12 +109,9 @@ def fit(
         schedule.step()
         losses[step] = loss.detach()
         if not loss.isfinite():
-            raise common.UserError(
-                f"--learning-rate {learning_rate:g}: the loss is {loss:g}: lower it"
-            )
+            raise common.UserError(f"--learning-rate {learning_rate:g}: diverges: lower it")
 
-    weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-    state = {"latent": latent, "weights": weights}
+    state = {"latent": latent, "weights": network.cpu().state_dict()}
     result = detector(state, backbone)(images[held_out])
     figures = {"loss.png": partial(common.draw_losses, losses)}
     return common.Fitted(state, held_out, result, figures)

@@ -80,13 +80,7 @@ def layer(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def fit(
-    images,
-    backbone,
-    layers=LAYERS,
-    steps=1000,
-    learning_rate=3e-3,
-    false_alarm_rate=0.05,
-    seed=0,
+    images, backbone, layers=LAYERS, steps=1000, learning_rate=3e-3, false_alarm_rate=0.05, seed=0
 ) -> common.Fitted:
     """Trains on normal images (N, 3, S, S) uint8, but for those held out for the threshold."""
     trained, held_out = common.hold_out(len(images), seed, false_alarm_rate)
@@ -125,11 +119,9 @@ def fit(
         schedule.step()
         losses[step] = loss.detach()
         if not loss.isfinite():
-            raise common.UserError(
-                f"--learning-rate {learning_rate:g}: the loss is {loss:g}: lower it"
-            )
+            raise common.UserError(f"--learning-rate {learning_rate:g}: diverges: lower it")
 
-    weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    weights = network.cpu().state_dict()
     state = {"d": d, "mean": mean, "deviation": deviation, "weights": weights, "layers": layers}
     # differs from the paper: threshold: it comes from the scores of images that were held out; the
     # paper's code takes it from the pixels of the training images' maps.
@@ -148,7 +140,8 @@ def detector(state: dict, backbone):
 @torch.no_grad()
 def score(state: dict, backbone, network, images: torch.Tensor) -> common.Result:
     """Computes scores (N,) and anomaly maps (N, S, S) of images (N, 3, S, S) uint8."""
-    mean, deviation = state["mean"].to(backbone.device), state["deviation"].to(backbone.device)
+    mean = state["mean"].to(backbone.device)
+    deviation = state["deviation"].to(backbone.device)
     errors = []
     for outputs in common.extract(backbone, state["layers"], images, "score"):
         regions = regional_features(outputs).permute(0, 2, 3, 1)  # (B, h, w, C)

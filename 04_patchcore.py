@@ -98,9 +98,7 @@ def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> co
     # differs from the paper: size: its code takes the integer part, and this rounds.
     size = max(1, round(coreset * len(rows)))
     if neighbors > size:
-        raise common.UserError(
-            f"--neighbors {neighbors}: the memory bank holds {size} rows: lower it"
-        )
+        raise common.UserError(f"--neighbors {neighbors}: the bank holds {size} rows: lower it")
     # differs from the paper: start: its code first picks the row that is farthest from ten random
     # rows on average. Here the first pick is drawn from the seed.
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
@@ -119,7 +117,7 @@ def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> co
     result = leave_one_out(images, features, projected, cover, calibration, state)
     sample = common.shuffled(len(rows), seed)[:20000].to(projected.device)
     cloud = projected[sample].cpu()
-    figure = partial(draw_coreset, cloud, projected[cover.picks].cpu(), len(rows), seed)
+    figure = partial(draw_coreset, cloud, projected[cover.picks].cpu(), len(rows))
     return common.Fitted(state, calibration, result, {"coreset.png": figure})
 
 
@@ -309,13 +307,13 @@ def around(image: torch.Tensor, cell: torch.Tensor, grid, window: int) -> torch.
     return crop(outlined, middle_y - window, middle_x - window // 2, 2 * window, window)
 
 
-def draw_coreset(cloud, picks, count: int, seed: int):
+def draw_coreset(cloud, picks, count: int):
     """Draws coreset.png: patch features in the plane of their two principal axes, and the picks.
 
     The cloud, (20000, 128), is a sample of the projected features, and the axes are those of its
     first 5,000. The picks are (size, 128), in the order picked. `count` is that of all features.
     """
-    plane = PCA(2, random_state=seed).fit(cloud[:5000])
+    plane = PCA(2, svd_solver="covariance_eigh").fit(cloud[:5000])
     cloud_x, cloud_y = plane.transform(cloud).T
     x, y = plane.transform(picks).T
     figure = common.Figure(figsize=(10.5, 3.9), layout="constrained")
