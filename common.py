@@ -974,20 +974,22 @@ def meet(rows, new, count: int, squared, assignment) -> None:
     the one with the least bound first, until no bound of any row is below its distance.
     """
     picks = MemoryBank(rows[new], num_axes=0)
+    vectors = picks.rows.double()
     for start in range(0, len(rows), ROWS):
-        open_rows = torch.arange(start, min(start + ROWS, len(rows)), device=rows.device)
-        bounds = picks.lower_bounds(rows[open_rows])  # (n, len(new))
+        bounds = picks.lower_bounds(rows[start : start + ROWS])  # (n, len(new))
+        open_rows = torch.arange(start, start + len(bounds), device=rows.device)
         while len(open_rows):
             bound, pick = bounds.min(dim=1)
             below = (bound <= squared[open_rows]).nonzero()[:, 0]
             open_rows = open_rows[below]
             bounds = bounds[below]
             pick = pick[below]
-            difference = rows[open_rows].double() - rows[new[pick]].double()
+            difference = rows[open_rows].double() - vectors[pick]
             measured = difference.square_().sum(dim=1)
-            closer = measured < squared[open_rows]
-            squared[open_rows[closer]] = measured[closer]
-            assignment[open_rows[closer]] = count + pick[closer]
+            closer = (measured < squared[open_rows]).nonzero()[:, 0]
+            row = open_rows[closer]
+            squared[row] = measured[closer]
+            assignment[row] = count + pick[closer]
             bounds.scatter_(1, pick[:, None], torch.inf)  # this pair is done
 
 
