@@ -211,9 +211,10 @@ def load_split(paths: list[Path], resize, crop, bits, errors: list, remarks: dic
     """
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     side = crop or resize
-    images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    zeros = np.zeros((len(paths), side, side), np.int32)  # takes no memory until it is written to
-    regions = torch.from_numpy(zeros)
+    # By NumPy, whose copies take no threads from the decoders. Zeros take no memory until they are
+    # written to.
+    images = np.empty((len(paths), 3, side, side), np.uint8)
+    regions = np.zeros((len(paths), side, side), np.int32)
     has_mask = kinds == "good"
     roots = {path.parents[2] for path in paths}
     masks = {m.with_suffix(""): m for root in roots for m in root.glob("ground_truth/*/*_mask.*")}
@@ -231,9 +232,10 @@ def load_split(paths: list[Path], resize, crop, bits, errors: list, remarks: dic
         images[i] = image
         if own_regions is not None and own_regions.any():
             has_mask[i] = True
-            regions[i] = torch.where(own_regions > 0, own_regions + region_count, 0)
+            regions[i] = np.where(own_regions > 0, own_regions + region_count, 0)
             region_count += int(own_regions.max())
-    return Split(np.array(paths, dtype=object), kinds, images, regions, has_mask)
+    files = np.array(paths, dtype=object)
+    return Split(files, kinds, torch.from_numpy(images), torch.from_numpy(regions), has_mask)
 
 
 def load_photo(path: Path, resize: int, crop: int, bits: int, remarks: dict):
@@ -263,13 +265,13 @@ def mask_of(path: Path, masks: dict, remarks: dict) -> Path | None:
 
 
 def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, remarks: dict):
-    """Reads the mask of a photo of this size. Returns its defect regions, (S, S) int32."""
+    """Reads the mask of a photo of this size. Returns its defect regions, (S, S) int32, NumPy's."""
     gray = read_mask(mask_path)
     own_size = gray.shape[::-1]  # (width, height)
     if own_size != size:
         raise UserError(f"{mask_path}: is {own_size}, expected {size} as its photo")
     regions, count = defect_regions(gray)
-    seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0]
+    seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0].numpy()
     if count == 0:
         remarks["masks are blank: their photos count for image AUROC alone"].append(mask_path)
     elif regions.all():
