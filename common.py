@@ -108,12 +108,14 @@ def in_threads(function, items, errors: list):
         try:
             return function(item)
         except UserError as error:
-            errors.append(error)
+            return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(items), 64):  # no more than 64 photos wait at a time
             for result in pool.map(attempt, items[start : start + 64]):
-                if result is not None:
+                if isinstance(result, UserError):
+                    errors.append(result)
+                else:
                     yield result
 
 
