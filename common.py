@@ -341,9 +341,8 @@ def read_mask(path: Path) -> np.ndarray:
         image = open_upright(path)
         if image.mode[0] in "IF":
             return np.asarray(image)
-        pixels = np.asarray(image.convert("RGBA"))  # (H, W, 4)
-        strongest = pixels[:, :, :3].max(axis=2)
-        alpha = pixels[:, :, 3]
+        red, green, blue, alpha = map(np.asarray, image.convert("RGBA").split())
+        strongest = np.maximum(np.maximum(red, green), blue)
         if np.ptp(strongest) == 0 and np.ptp(alpha) > 0:
             return alpha  # the colors say nothing: the drawing is in the alpha channel
         return strongest
