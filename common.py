@@ -655,7 +655,9 @@ def allocate(shape, scratch):
             os.posix_fallocate(file.fileno(), 0, size)
         pages = mmap.mmap(file.fileno(), size)
     tensor = torch.frombuffer(pages, dtype=torch.float32).view(shape)
-    return tensor, functools.partial(pages.madvise, mmap.MADV_DONTNEED)
+    if hasattr(pages, "madvise"):  # Windows has none
+        return tensor, functools.partial(pages.madvise, mmap.MADV_DONTNEED)
+    return tensor, lambda: None
 
 
 def goes_to_disk(size: int, scratch) -> bool:
