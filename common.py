@@ -126,7 +126,7 @@ def in_threads(function, items, errors: list):
 SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".webp"} & set(Image.registered_extensions())
 SUFFIXES |= {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga"}
 SUFFIXES |= {".tif", ".tiff"}
-SHOWN_FOLDER = "[!@$#]*/"  # on network drives, folders of thumbnails and bins begin with these
+SHOWN_FOLDER = "[!@$#]*/"  # thumbnails and bins of network drives lie in the other folders
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
 NEAR = 0.1  # see `near_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
@@ -213,8 +213,8 @@ def load_split(paths: list[Path], resize, crop, bits, errors: list, remarks: dic
     """
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     side = crop or resize
-    # By NumPy, whose copies take no threads from the decoders. Zeros take no memory until they are
-    # written to.
+    # NumPy copies without threads, so that the decoders keep theirs. Its zeros take no memory until
+    # they are written to.
     images = np.empty((len(paths), 3, side, side), np.uint8)
     regions = np.zeros((len(paths), side, side), np.int32)
     has_mask = kinds == "good"
@@ -267,7 +267,7 @@ def mask_of(path: Path, masks: dict, remarks: dict) -> Path | None:
 
 
 def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, remarks: dict):
-    """Reads the mask of a photo of this size. Returns its defect regions, (S, S) int32, NumPy's."""
+    """Reads the mask of a photo of this size. Returns its defect regions, (S, S) int32 (NumPy)."""
     gray = read_mask(mask_path)
     own_size = gray.shape[::-1]  # (width, height)
     if own_size != size:
@@ -407,11 +407,12 @@ def without_copies(train: Split, test: Split) -> Split:
     note_names("training photos are near-copies of others and count once", train.paths[copies])
     too_good = "test photos are near-copies of training photos: metrics are too good"
     note_names(too_good, test.paths[known])
-    brightest = train.images.max()
-    if torch.equal(train.images.amax(0), train.images.amin(0)):
-        note("the photos of train/good are all alike: nothing is learned from them")
-    elif brightest < 64:
-        note(f"the photos of train/good are dark, at most {brightest} of 255: see --bits")
+    highest = train.images.amax((2, 3))  # (N, 3)
+    of_one_color = torch.equal(highest, train.images.amin((2, 3)))
+    if of_one_color or torch.equal(train.images.amax(0), train.images.amin(0)):
+        note("the photos of train/good are all alike or of one color: nothing is learned from them")
+    elif highest.max() < 64:
+        note(f"the photos of train/good are dark, at most {highest.max()} of 255: see --bits")
     if not copies.any():
         return train
     return Split._make(field[~copies] for field in train)
@@ -472,9 +473,9 @@ def load_backbone(
     whose weights are downloaded once, or "none", which puts out the image itself. The weights are
     "imagenet", "random" (drawn from `seed`) or a .pth file. A batch holds `batch_size` images of
     224 x 224 pixels, or fewer larger ones. `scratch` is the folder for features that do not fit
-    into memory; if it is None, the system's is taken. As attributes the network has the device,
-    these two, a label for readers, and a fingerprint, the hash of its weights. Raises UserError if
-    the weights cannot be had or do not fit.
+    into memory; if it is None, the system's is taken. The network's attributes are device,
+    batch_size, scratch, a label for readers, and a fingerprint, the hash of its weights. Raises
+    UserError if the weights cannot be had or do not fit.
     """
     torch.manual_seed(seed)
     if name == "none":
@@ -637,7 +638,7 @@ def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
             stores = [allocate((count, *part.shape[1:]), scratch) for part in batch]
         for (tensor, forget), part in zip(stores, batch, strict=True):
             tensor[end : end + len(part)] = part
-            forget()
+            forget()  # what lies on disk need not stay in memory
         end += len(batch[0])
     return [tensor for tensor, _ in stores]
 
@@ -1271,7 +1272,7 @@ def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
     expectation.
 
     It is the score of rank ceil((n + 1) (1 - rate)) among the n scores of normal images that the
-    model has not seen. It is n + 1 because the new image may take any rank among them (split
+    model has not seen. The rank has n + 1 because the new image may take any rank among them (split
     conformal prediction, Lei et al. 2018, section 2.2). If there are too few scores for that rank,
     the largest has to do.
     """
@@ -1596,9 +1597,8 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
     rows = [truth]
     runs = []
     for path in sorted(folder.glob("*/metrics.json")):
-        with contextlib.suppress(
-            OSError, EOFError, ValueError, KeyError, TypeError
-        ):  # they may be foreign
+        # The file may be another program's.
+        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):
             other = json.loads(path.read_text())
             weights = {NO_WEIGHTS, other["weights"], metrics["weights"]}
             same = other["data"] == metrics["data"] and len(weights) <= 2
@@ -1628,6 +1628,8 @@ def load_torch_file(option: str, path, expected: str) -> dict:
                 raise ValueError("its checksum does not fit")
             file.seek(0)
             return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except MemoryError:
+        raise
     except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
         reason = getattr(error, "strerror", None) or "damaged or foreign file"
         raise UserError(f"{option} {path}: {reason}: expected {expected}") from None
@@ -1721,7 +1723,7 @@ def predict(run: Run, files: list[Path], detect) -> None:
     options = run.options
     if sys.stdout is None:
         raise UserError("stdout: is closed, expected to write a CSV to it")
-    errors = []
+    broken = 0
     remarks = defaultdict(list)
 
     def load(path):
@@ -1733,6 +1735,7 @@ def predict(run: Run, files: list[Path], detect) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "score", "predicted", "x", "y"])
     for start in progress(range(0, len(files), options.batch_size), "predict"):
+        errors = []
         photos = list(in_threads(load, files[start : start + options.batch_size], errors))
         if photos:
             result = detect(torch.stack([image for _, _, image in photos]))
@@ -1752,14 +1755,15 @@ def predict(run: Run, files: list[Path], detect) -> None:
                     save_ranked(run, picture_path(path), drawable(str(path)), [cells])
                 except UserError as error:
                     errors.append(error)
-    for error in errors:
-        note(f"error: {error}")
+        for error in errors:
+            note(f"error: {error}")
+        broken += len(errors)
     note_remarks(remarks)
     judged = len(verdicts)
     defects = verdicts.count("defect")
     note(
         f"judged {judged} images: {defects} above the threshold {run.threshold:.4g}, "
-        f"{len(errors)} broken"
+        f"{broken} broken"
     )
     if judged >= 10 and defects > judged / 2:
         note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")
@@ -1767,7 +1771,7 @@ def predict(run: Run, files: list[Path], detect) -> None:
         rows = [cells for _, cells in highest]
         save_ranked(run, "predictions.png", "the highest scores", rows)
         note(f"pictures in {options.out / 'predictions'}, the highest in predictions.png")
-    if errors:
+    if broken:
         sys.exit(1)
 
 
@@ -1823,7 +1827,9 @@ def atomic(path: Path):
             os.replace(Path(folder, "unfinished"), path)
     except (OSError, RuntimeError) as error:  # torch.save raises over the OSError that it got
         cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", error)
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or cause
         raise UserError(f"{path}: cannot be written ({reason}): see --out and --save") from None
 
 
@@ -1999,13 +2005,9 @@ def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
     either("--load", type=Path, help="use a saved model instead of fitting")
     add("--predict", type=Path, nargs="+", help="photos to judge: CSV to stdout")
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
-    rate, count = number(float, 1e-6, 0.5), number(int, 1, 4096)
-    add(
-        "--false-alarm-rate",
-        type=rate,
-        default=0.05,
-        help="share of normal images to report (0.05)",
-    )
+    alarms = "share of normal images that the threshold may report (0.05)"
+    add("--false-alarm-rate", type=number(float, 1e-6, 0.5), default=0.05, help=alarms)
+    count = number(int, 1, 4096)
     add("--batch-size", type=count, default=16, help="images of 224 x 224 at once (16)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
