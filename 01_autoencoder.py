@@ -142,8 +142,8 @@ def score(network, device, images: torch.Tensor) -> common.Result:
     # largest single error is a speckle, on normal pills as well, while all errors of a defect
     # together stand out.
     scores = grids.mean(dim=(1, 2))
-    reconstructions = common.Tiles("reconstruction", [""] * len(images), torch.cat(drawings))
-    return common.Result(scores, maps, [reconstructions])
+    cells = [[common.Cell("reconstruction", drawing)] for drawing in torch.cat(drawings)]
+    return common.Result(scores, maps, cells)
 
 
 if __name__ == "__main__":

@@ -60,15 +60,16 @@ def fit(images, backbone, neighbors=5) -> common.Fitted:
 
 def average(distances: torch.Tensor, indices: torch.Tensor, state: dict) -> common.Result:
     """Computes d(x), (N,), from distances and indices (N, k), and shows the nearest images."""
-    pictures = []
-    for rank in range(min(3, state["neighbors"])):
-        photos = indices[:, rank].cpu()
-        captions = [f"distance {distance:.3g}" for distance in distances[:, rank]]
-        title = ["nearest normal", "2nd nearest", "3rd nearest"][rank]
-        pictures.append(common.Tiles(title, captions, state["thumbnails"][photos], photos))
+    cells = []
+    for of_image, photos in zip(distances[:, :3].tolist(), indices[:, :3].tolist(), strict=True):
+        nearest = []
+        for distance, photo in zip(of_image, photos, strict=True):
+            caption = f"nearest normal\ndistance {distance:.3g}"
+            nearest.append(common.Cell(caption, state["thumbnails"][photo], photo))
+        cells.append(nearest)
     # differs from the paper: distance: it averages squared distances, by which one far neighbor
     # weighs more.
-    return common.Result(distances.cpu().mean(dim=1), None, pictures)
+    return common.Result(distances.cpu().mean(dim=1), None, cells)
 
 
 def score(state: dict, backbone, images: torch.Tensor) -> common.Result:

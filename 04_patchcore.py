@@ -199,7 +199,7 @@ def result_of(images, batches: list[Scored], origin: torch.Tensor, state: dict) 
     scored = Scored(*map(torch.cat, zip(*batches, strict=True)))
     maps = common.to_maps(scored.distances, images.shape[2])
     compared = compare(images, scored, origin[scored.nearest], state)
-    return common.Result(scored.s, maps, [compared])
+    return common.Result(scored.s, maps, compared)
 
 
 # ------------------------------------------------------------------ what is ours: the threshold
@@ -275,23 +275,22 @@ def small_photos(images: torch.Tensor, room: int) -> torch.Tensor:
     return common.thumbnails(images, min(side, images.shape[2])).round().byte()
 
 
-def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> common.Tiles:
+def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> list[list[common.Cell]]:
     """Draws the tile "compared": left the worst patch m_test, right the normal patch of its m*.
     `origin`, (n,), says which row of M each m* is."""
     grid = scored.distances.shape[1:]
     stride = 2 ** (int(max(state["layers"])[-1]) + 1)  # of the coarsest layer: 16 if it is layer3
     window = max(48, 3 * stride)  # pixels that f_agg averages over
-    photos = origin // grid.numel()
-    cells = origin % grid.numel()
-    tiles = []
-    for image, worst, photo, cell in zip(images, scored.worst, photos, cells, strict=True):
+    compared = []
+    for i, image in enumerate(images):
+        photo = int(origin[i]) // grid.numel()
         small = state["photos"][photo][None].float()
         normal = common.resize(small, image.shape[1:])[0].round().byte()  # (3, S, S)
-        left = around(image, worst, grid, window)
-        right = around(normal, cell, grid, window)
-        tiles.append(torch.cat([left, right], dim=2))
-    captions = [f"s* {s_star:.4g}" for s_star in scored.s_star]
-    return common.Tiles("compared", captions, torch.stack(tiles), photos)
+        left = around(image, scored.worst[i], grid, window)
+        right = around(normal, origin[i] % grid.numel(), grid, window)
+        tile = torch.cat([left, right], dim=2)
+        compared.append([common.Cell(f"compared\ns* {scored.s_star[i]:.4g}", tile, photo)])
+    return compared
 
 
 def around(image: torch.Tensor, cell: torch.Tensor, grid, window: int) -> torch.Tensor:

@@ -19,7 +19,6 @@ import contextlib
 import copy
 import csv
 import functools
-import glob
 import hashlib
 import inspect
 import itertools
@@ -64,9 +63,8 @@ with contextlib.suppress(ImportError):  # optional: photos of iPhones
     __import__("pillow_heif").register_heif_opener()
 Image.MAX_IMAGE_PIXELS = 250_000_000  # phones take 200 megapixels; Pillow refuses twice this number
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-for library in ("PIL", r"torch\.serialization"):
-    # These warn of odd contents. What cannot be read is named by this program itself.
-    warnings.filterwarnings("ignore", module=library)
+# These two warn of odd contents. What cannot be read is named by this program itself.
+warnings.filterwarnings("ignore", module=r"PIL|torch\.serialization")
 
 
 class UserError(ValueError):
@@ -81,15 +79,14 @@ def note(text: str) -> None:
 def note_names(text: str, names) -> None:
     """Prints how many names there are, the text, and the first three; prints nothing for none."""
     if len(names):
-        first = ", ".join(map(str, names[:3]))
-        rest = ", ..." if len(names) > 3 else ""
-        note(f"{len(names)} {text}: {first}{rest}")
+        first = ", ".join(map(str, sorted(names)[:3]))
+        note(f"{len(names)} {text}: {first}")
 
 
 def note_remarks(remarks: dict[str, list]) -> None:
     """Prints each remark with the names it is about."""
     for text, names in remarks.items():
-        note_names(text, sorted(names))
+        note_names(text, names)
 
 
 def progress(iterable=None, description="", **settings):
@@ -123,10 +120,9 @@ def in_threads(function, items, errors: list):
 # A folder in MVTec layout goes in. Two `Split`s come out, train and test: what the network sees of
 # each photo, and where its defects are. Read `load_data` first, then `read_image` and `prepare`.
 
-SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".webp"} & set(Image.registered_extensions())
-SUFFIXES |= {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga"}
-SUFFIXES |= {".tif", ".tiff"}
-SHOWN_FOLDER = "[!@$#]*/"  # thumbnails and bins of network drives lie in the other folders
+FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
+SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
+SHOWN_FOLDER = "[!.@$#]*/"  # thumbnails and bins of network drives lie in the other folders
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
 NEAR = 0.1  # see `near_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
@@ -192,15 +188,14 @@ def image_files(folder: Path, depth: int | None = 0) -> list[Path]:
     """
     photos, passed_over = [], []
     for level in range(9):  # not deeper, as links may lead round in a circle
-        for name in glob.glob(SHOWN_FOLDER * level + "*", root_dir=folder):
-            path = folder / name
+        for path in folder.glob(SHOWN_FOLDER * level + "[!.]*"):
             is_photo = path.suffix.lower() in SUFFIXES and depth in (None, level)
             if not path.is_dir():
                 (photos if is_photo else passed_over).append(path)
     note_names(
         f"files in {folder} were passed over, as they are no photos or not in their place (HEIC "
         "takes: pip install pillow-heif)",
-        sorted(passed_over),
+        passed_over,
     )
     return sorted(photos)
 
@@ -223,19 +218,16 @@ def load_split(paths: list[Path], resize, crop, bits, errors: list, remarks: dic
 
     def load(path):
         photo, image = load_photo(path, resize, crop, bits, remarks)
-        mask_path = mask_of(path, masks, remarks)
-        if mask_path is None:
-            return image, None
-        return image, load_regions(mask_path, path, photo.size, resize, crop, remarks)
+        return image, load_regions(path, photo.size, masks, resize, crop, remarks)
 
     region_count = 0
     all_loaded = progress(in_threads(load, paths, errors), "decode", total=len(paths))
     for i, (image, own_regions) in enumerate(all_loaded):
         images[i] = image
-        if own_regions is not None and own_regions.any():
-            has_mask[i] = True
+        if own_regions is not None:
+            has_mask[i] = own_regions.any()
             regions[i] = np.where(own_regions > 0, own_regions + region_count, 0)
-            region_count += int(own_regions.max())
+            region_count += own_regions.max()
     files = np.array(paths, dtype=object)
     return Split(files, kinds, torch.from_numpy(images), torch.from_numpy(regions), has_mask)
 
@@ -245,8 +237,8 @@ def load_photo(path: Path, resize: int, crop: int, bits: int, remarks: dict):
     photo = read_image(path, bits)
     image = prepare(photo, resize, crop, path)
     side = crop or resize
-    if min(photo.size) < side:
-        times = side / min(photo.size)
+    times = side / min(photo.size)
+    if times > 1:
         remarks[f"photos are enlarged to {side} x {side}"].append(f"{path} ({times:.1f} times)")
     return photo, image
 
@@ -266,8 +258,12 @@ def mask_of(path: Path, masks: dict, remarks: dict) -> Path | None:
     return masks[expected]
 
 
-def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, remarks: dict):
-    """Reads the mask of a photo of this size. Returns its defect regions, (S, S) int32 (NumPy)."""
+def load_regions(path: Path, size, masks: dict, resize: int, crop: int, remarks: dict):
+    """Reads the mask of a photo of this size. Returns its defect regions, (S, S) int32 (NumPy), or
+    None if it has no mask. See `mask_of`."""
+    mask_path = mask_of(path, masks, remarks)
+    if mask_path is None:
+        return None
     gray = read_mask(mask_path)
     own_size = gray.shape[::-1]  # (width, height)
     if own_size != size:
@@ -278,7 +274,7 @@ def load_regions(mask_path: Path, path: Path, size, resize: int, crop: int, rema
         remarks["masks are blank: their photos count for image AUROC alone"].append(mask_path)
     elif regions.all():
         remarks["masks cover the whole photo: all of it counts as defective"].append(mask_path)
-    elif np.count_nonzero(np.bincount(seen.flatten())[1:]) < count:
+    elif len(np.unique(seen[seen > 0])) < count:
         lost = "masks have regions outside the crop or too small for a pixel: they count for no map"
         remarks[lost].append(mask_path)
     if orientation(path) > 1 == orientation(mask_path):
@@ -445,13 +441,12 @@ def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
 
 def copied_rows(queries: torch.Tensor, rows: torch.Tensor, rank: int) -> torch.Tensor:
     """Finds the rows that each query nearly repeats, (Q, N) bool; see `near_copies`."""
-    copied = torch.empty(len(queries), len(rows), dtype=torch.bool)
-    for start in progress(range(0, len(queries), 256), "compare photos"):
-        block = slice(start, start + 256)
-        distances = torch.cdist(queries[block], rows).round(decimals=3)  # (256, N)
+    copied = []
+    for block in progress(queries.split(256), "compare photos"):
+        distances = torch.cdist(block, rows).round(decimals=3)  # (256, N)
         usual = distances.kthvalue(min(rank, len(rows)), dim=1, keepdim=True).values
-        copied[block] = distances < NEAR * usual
-    return copied
+        copied.append(distances < NEAR * usual)
+    return torch.cat(copied)
 
 
 # ------------------------------------------------------------------ 2. a backbone and its features
@@ -484,11 +479,8 @@ def load_backbone(
         network, stages = efficientnet_lite0()
     else:
         network, stages = resnet(name)
-    if weights == "imagenet":
-        fill_in(network, imagenet_weights(name), name, weights)
-    elif weights != "random":
-        state = load_torch_file("--weights", weights, "a .pth file")
-        fill_in(network, state, name, weights)
+    if weights != "random":
+        fill_in(network, read_weights(name, weights), name, weights)
     content = hashlib.sha256()
     for tensor in network.state_dict().values():
         content.update(tensor.contiguous().numpy())
@@ -532,8 +524,11 @@ def no_network():
     return torch.nn.Identity(), [torch.nn.Identity() for _ in STAGES]
 
 
-def imagenet_weights(name: str) -> dict:
-    """Returns the ImageNet weights of a network, which pip has installed or a server keeps."""
+def read_weights(name: str, source: str) -> dict:
+    """Returns the weights of a .pth file, or ImageNet's, which pip has installed or a server
+    keeps."""
+    if source != "imagenet":
+        return load_torch_file("--weights", source, "a .pth file")
     if name == "none":
         return {}
     if name == "efficientnet_lite0":
@@ -605,16 +600,12 @@ def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
 
     up_to_last = backbone[: STAGES.index(layers[-1]) + 1]  # what follows is never computed
     batch = images.to(backbone.device, memory_format=torch.channels_last)
-    with hooks_lock:
-        hooks = []
-        try:
-            for name in layers:
-                hook = functools.partial(keep_output, name)
-                hooks.append(backbone.get_submodule(name).register_forward_hook(hook))
-            up_to_last(batch.float() / 255)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with hooks_lock, contextlib.ExitStack() as hooks:  # which are removed when it ends
+        for name in layers:
+            module = backbone.get_submodule(name)
+            hook = functools.partial(keep_output, name)
+            hooks.enter_context(module.register_forward_hook(hook))
+        up_to_last(batch.float() / 255)
     return [outputs[name] for name in layers]
 
 
@@ -651,14 +642,13 @@ def allocate(shape, scratch):
         return torch.empty(shape), lambda: None
     note(f"the features, {size / 2**30:.1f} GiB, lie in {scratch} during the fit")
     with tempfile.TemporaryFile(dir=scratch) as file:
-        file.truncate(size)
         with contextlib.suppress(AttributeError):  # not every system can reserve the room
             os.posix_fallocate(file.fileno(), 0, size)
-        pages = mmap.mmap(file.fileno(), size)
-    tensor = torch.frombuffer(pages, dtype=torch.float32).view(shape)
+        array = np.memmap(file, np.float32, shape=shape)
+    pages = array.base
     if hasattr(pages, "madvise"):  # Windows has none
-        return tensor, functools.partial(pages.madvise, mmap.MADV_DONTNEED)
-    return tensor, lambda: None
+        return torch.from_numpy(array), lambda: pages.madvise(mmap.MADV_DONTNEED)
+    return torch.from_numpy(array), lambda: None
 
 
 def goes_to_disk(size: int, scratch) -> bool:
@@ -712,8 +702,7 @@ def nearest_neighbors(queries, bank, k=1, backend="auto"):
     1..N, other shapes or dtypes, NaN or infinity, and for a backend that is not there or cannot
     find that many.
     """
-    num_axes = AXES if len(queries) >= 2048 else 0  # fewer do not repay a search for axes
-    return MemoryBank(bank.to(queries.device), backend, num_axes).nearest(queries, k)
+    return MemoryBank(bank.to(queries.device), backend).nearest(queries, k)
 
 
 class MemoryBank:
@@ -773,13 +762,10 @@ class MemoryBank:
         count = int(self.squared.isfinite().sum())
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}: expected 1 to {count}, the rows of the bank")
-        distances = queries.new_empty(len(queries), k)
-        indices = torch.empty_like(distances, dtype=torch.int64)
         block_size = max(1, BOUNDS // len(self.rows))
-        for start in range(0, len(queries), block_size):
-            block = slice(start, start + block_size)
-            block_queries = queries[block].detach().to(self.rows.device)
-            distances[block], indices[block] = self.search(block_queries, k)
+        blocks = [self.search(block, k) for block in queries.detach().split(block_size)]
+        distances = torch.cat([block_distances for block_distances, _ in blocks])
+        indices = torch.cat([block_indices for _, block_indices in blocks])
         return distances, indices
 
     def search(self, queries: torch.Tensor, k: int):
@@ -815,15 +801,14 @@ class MemoryBank:
 def useful_axes(sample: torch.Tensor, num_axes: int):
     """Returns the principal axes (D, m) of centered rows, or None if too many rows would be left.
 
-    A row that the bound leaves to measure costs about as much as 20 products of D columns.
+    To measure a row that the bound leaves costs about as much as 25 products of D columns.
     """
     axes = torch.pca_lowrank(sample.cpu(), num_axes, center=False)[2].to(sample.device)
     short = shorten(sample, axes)[:, :-1]
     distances = torch.cdist(sample[::32], sample[1::2])
     bounds = torch.cdist(short[::32], short[1::2])
     left = bounds <= distances.amin(dim=1, keepdim=True)
-    saved = 1 - num_axes / sample.shape[1]
-    return axes if 20 * left.float().mean() <= saved else None
+    return axes if left.float().mean() < 0.04 else None
 
 
 def shorten(x: torch.Tensor, axes):
@@ -841,14 +826,13 @@ def shorten(x: torch.Tensor, axes):
 
 def measure(queries, rows, query, row):
     """Measures |queries[query] - rows[row]| for pairs, (pairs,) float32, by their differences."""
-    distances = queries.new_empty(len(row))
     step = 256 if queries.device.type == "cpu" else 2**16  # what stays in the processor's cache
-    for start in range(0, len(row), step):
-        part = slice(start, start + step)
-        difference = rows.index_select(0, row[part])
-        difference -= queries.index_select(0, query[part])
-        distances[part] = torch.linalg.vector_norm(difference, dim=1)
-    return distances
+    distances = []
+    for part_query, part_row in zip(query.split(step), row.split(step), strict=True):
+        difference = rows.index_select(0, part_row)
+        difference -= queries.index_select(0, part_query)
+        distances.append(torch.linalg.vector_norm(difference, dim=1))
+    return torch.cat(distances)
 
 
 def check_rows(name: str, matrix: torch.Tensor) -> None:
@@ -1161,13 +1145,12 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
 # `au_pro` first, then `conformal_quantile`.
 
 
-class Tiles(NamedTuple):
-    """Holds a small picture for each of N images, which is drawn beside it."""
+class Cell(NamedTuple):
+    """Holds a tile of a picture, and what is written on it."""
 
-    title: str
-    captions: list[str]  # (N,)
-    tiles: torch.Tensor  # (N, 3, h, w) uint8
-    photos: torch.Tensor | None = None  # (N,) training photos whose names belong to the captions
+    caption: str
+    tile: torch.Tensor  # (3, h, w) uint8
+    photo: int | None = None  # the training photo whose name belongs to the caption
 
 
 class Result(NamedTuple):
@@ -1175,7 +1158,7 @@ class Result(NamedTuple):
 
     scores: torch.Tensor  # (N,) float32: the anomaly scores, high for a defect
     maps: torch.Tensor | None  # (N, S, S) float32: the anomaly maps; None: the method has none
-    pictures: list[Tiles]  # what else it shows of each image
+    cells: list[list[Cell]]  # (N,) what else it shows of each image
 
 
 class Fitted(NamedTuple):
@@ -1190,11 +1173,9 @@ class Fitted(NamedTuple):
 def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
     """Enlarges patch scores (N, h, w) bilinearly to anomaly maps (N, side, side) and blurs them."""
     maps = torch.empty(len(grids), side, side)
-    for start in range(0, len(grids), 64):  # the copies of 64 maps do no harm
-        part = slice(start, start + 64)
-        enlarged = resize(grids[part, None].cpu(), (side, side))[:, 0]  # (64, side, side)
-        blurred = ndimage.gaussian_filter(enlarged.numpy(), (0, sigma, sigma))
-        maps[part] = torch.from_numpy(blurred)
+    for grid, blurred in zip(grids, maps, strict=True):
+        enlarged = resize(grid[None, None], (side, side))[0, 0]
+        ndimage.gaussian_filter(enlarged.numpy(), sigma, output=blurred.numpy())
     return maps
 
 
@@ -1353,17 +1334,13 @@ def report(run: Run, test: Split, detect) -> None:
 def evaluate(run: Run, test: Split, result: Result) -> dict:
     """Returns what metrics.json holds, but for ms_per_image. What cannot be computed is None."""
     reported = np.asarray(result.scores) > run.threshold
-    per_defect = {}
-    for kind in sorted(set(test.kinds) - {"good"}):
-        rows = np.isin(test.kinds, ["good", kind])
-        per_defect[kind] = metrics_of(rows, test, result, reported)
-    everything = np.ones(len(test.paths), dtype=bool)
+    defects = sorted(set(test.kinds) - {"good"})
     return {
         "method": run.options.method,
         "data": str(run.options.data.resolve()),
         "weights": run.model["weights"],
-        **metrics_of(everything, test, result, reported),
-        "per_defect": per_defect,
+        **metrics_of(defects, test, result, reported),
+        "per_defect": {kind: metrics_of([kind], test, result, reported) for kind in defects},
         "threshold": run.threshold,
         "false_alarm_rate": run.options.false_alarm_rate,
         "false_alarms": int(reported[~test.labels].sum()),
@@ -1373,10 +1350,11 @@ def evaluate(run: Run, test: Split, result: Result) -> dict:
     }
 
 
-def metrics_of(rows: np.ndarray, test: Split, result: Result, reported: np.ndarray) -> dict:
-    """Returns the METRICS of the test images where `rows`, (N,) bool, is True, and how many
-    defective ones of them are reported."""
-    defects = rows & test.labels
+def metrics_of(kinds: list[str], test: Split, result: Result, reported: np.ndarray) -> dict:
+    """Returns the METRICS of the good test images and those of some defect types, and how many of
+    the defective ones are reported."""
+    defects = np.isin(test.kinds, kinds)
+    rows = defects | ~test.labels
     metrics = dict.fromkeys(METRICS)
     metrics["image_auroc"] = image_auroc(result.scores[rows], test.labels[rows])
     if result.maps is not None:
@@ -1478,7 +1456,7 @@ def draw_losses(losses) -> Figure:
 
 
 def save_figure(figure: Figure, title: str, path: Path) -> None:
-    figure.suptitle(title, fontsize=11, parse_math=False)  # dollars start no formula
+    figure.suptitle(drawable(title), fontsize=11, parse_math=False)  # dollars start no formula
     with atomic(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=110, facecolor="white")
 
@@ -1504,27 +1482,17 @@ def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) ->
     return torch.from_numpy(mixed.astype(np.uint8)).permute(2, 0, 1)
 
 
-class Cell(NamedTuple):
-    """Holds a tile of a picture, and what is written on it."""
-
-    caption: str
-    tile: torch.Tensor  # (3, h, w) uint8
-
-
 def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -> list[Cell]:
-    """Returns an image (3, S, S) uint8 with its name and score as a cell, and as further cells what
-    a result shows of it, where it is the i-th image."""
+    """Returns what is shown of an image (3, S, S) uint8, the i-th of a result: the image with its
+    name and score, its anomaly map, and the cells of the method."""
     score = result.scores[i]
-    caption = f"{name}\n{score:.4g} {run.verdict(score)}"
-    cells = [Cell(caption, image)]
-    for picture in result.pictures:
-        text = f"{picture.title}\n{picture.captions[i]}"
-        if picture.photos is not None:
-            text += f"\n{run.model['names'][picture.photos[i]]}"
-        cells.append(Cell(text, picture.tiles[i]))
+    cells = [Cell(f"{name}\n{score:.4g} {run.verdict(score)}", image)]
     if result.maps is not None:
         heat = heat_map(run, image, result.maps[i], score)
         cells.append(Cell("anomaly map", heat))
+    for cell in result.cells[i]:
+        photo = "" if cell.photo is None else run.model["names"][cell.photo]
+        cells.append(Cell(f"{cell.caption}\n{photo}", cell.tile))
     return cells
 
 
@@ -1534,17 +1502,18 @@ def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
     side = min(max(rows[0][0].tile.shape[1], 224), 448)
     step = side + 6
     widths = [step * len(cells) for cells in rows]
-    widths += [int(font(14).getlength(line)) + 12 for line in title.split("\n")]
+    widths += [int(font(14).getlength(line)) + 12 for line in drawable(title).split("\n")]
     picture = Image.new("RGB", (max(widths), 48 + step * len(rows)), "white")
     write = functools.partial(ImageDraw.Draw(picture).multiline_text, font=font(14))
-    write((6, 6), title, fill="black")
+    write((6, 6), drawable(title), fill="black")
     for row, cells in enumerate(rows):
         top = 48 + step * row
         for column, cell in enumerate(cells):
             left = step * column
             tile = image_transforms.to_pil_image(cell.tile)
             picture.paste(tile.resize((side, side)), (left, top))
-            write((left + 5, top + 3), cell.caption, stroke_width=2, stroke_fill="black")
+            caption = drawable(cell.caption)
+            write((left + 5, top + 3), caption, stroke_width=2, stroke_fill="black")
     with atomic(path) as unfinished:
         picture.save(unfinished, "PNG", compress_level=1)  # the default takes four times as long
 
@@ -1571,10 +1540,10 @@ def draw_examples(run: Run, test: Split, result: Result) -> None:
     rows = []
     for kind in dict.fromkeys(test.kinds):
         of_kind = np.flatnonzero(test.kinds == kind)
-        order = np.asarray(result.scores)[of_kind].argsort(kind="stable")
+        ranked = sorted(of_kind, key=lambda i: result.scores[i])
         cells = []
-        for i in dict.fromkeys([of_kind[order[-1]], of_kind[order[0]]]):  # they may be the same
-            shown = cells_of(run, result, i, test.images[i], drawable(kind))
+        for i in dict.fromkeys([ranked[-1], ranked[0]]):  # they may be the same
+            shown = cells_of(run, result, i, test.images[i], kind)
             shown.insert(1, ground_truth(test, i))
             cells += shown
         rows.append(cells)
@@ -1590,8 +1559,8 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
     for kind in dict.fromkeys(test.kinds):
         i = int((test.kinds == kind).argmax())
         shown = cells_of(run, result, i, test.images[i], "")
-        tiles.append(shown[1 if result.maps is None else -1].tile)
-        truth.append(Cell(drawable(kind), ground_truth(test, i).tile))
+        tiles.append(shown[1].tile)  # the map, or the nearest normal image
+        truth.append(Cell(kind, ground_truth(test, i).tile))
     with atomic(run.options.out / ".tiles.npy") as unfinished, open(unfinished, "wb") as file:
         np.save(file, tiles)
     rows = [truth]
@@ -1606,7 +1575,7 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
                 own_tiles = torch.from_numpy(np.load(path.with_name(".tiles.npy")))
                 rows.append([Cell(other["method"], tile) for tile in own_tiles])
                 runs.append(other)
-    data = drawable(run.options.data.resolve().name)
+    data = run.options.data.resolve().name
     title = f"all methods so far on {data}\nthe first image of each type; {metrics['weights']}"
     save_picture(folder / "methods.png", title, rows)
     return runs
@@ -1752,7 +1721,7 @@ def predict(run: Run, files: list[Path], detect) -> None:
                 highest.sort(key=lambda pair: -pair[0])
                 del highest[10:]
                 try:
-                    save_ranked(run, picture_path(path), drawable(str(path)), [cells])
+                    save_ranked(run, picture_path(path), str(path), [cells])
                 except UserError as error:
                     errors.append(error)
         for error in errors:
@@ -1791,7 +1760,7 @@ def files_to_judge(options) -> list[Path]:
 def picture_path(photo: Path) -> Path:
     """Returns where in --out the picture of a photo lies: under the photo's absolute path."""
     absolute = Path(os.path.abspath(photo))
-    drive = absolute.drive.strip(":\\/").replace("\\", "_")
+    drive = absolute.anchor.strip(":\\/")
     folder = absolute.parent.relative_to(absolute.anchor)
     name = os.fsdecode(os.fsencode(absolute.name)[-240:])  # a name has 255 bytes at most
     return Path("predictions", drive, folder, f"{name}.png")
@@ -1819,12 +1788,15 @@ def short_name(path: Path) -> str:
 
 @contextlib.contextmanager
 def atomic(path: Path):
-    """Yields a temporary path that becomes `path` on success, so that nobody sees half a file."""
+    """Yields a temporary path that becomes `path` on success, so that nobody sees half a file. If
+    nothing is written to it, this only tells whether `path` could be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            yield Path(folder, "unfinished")
-            os.replace(Path(folder, "unfinished"), path)
+            unfinished = Path(folder, "unfinished")
+            yield unfinished
+            if unfinished.exists():
+                os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # torch.save raises over the OSError that it got
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
@@ -1913,7 +1885,7 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
         save_model(model, options.save)
     threshold, map_range = thresholds(model, options.false_alarm_rate)
     source = (options.data or options.load).resolve().name
-    title = drawable(f"{method} on {source}, {model['weights']}")
+    title = f"{method} on {source}, {model['weights']}"
     run = Run(options, model, threshold, map_range, title)
     if fitted:
         draw_fit(run, fitted, train)
@@ -2090,10 +2062,8 @@ def check_options(options) -> None:
     if options.load and not options.data and options.pictures == "none":
         writes = []  # all that comes out is the CSV on stdout
     for path in filter(None, writes):
-        probe = path.with_name(".writable")
-        with atomic(probe) as unfinished:
-            unfinished.touch()
-        probe.unlink(missing_ok=True)  # another run may have done so
+        with atomic(path):
+            pass
 
 
 def contents(folder: Path) -> str:

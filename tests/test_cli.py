@@ -444,12 +444,12 @@ BAD_OPTIONS = {
     "bits": ("knn", ["--bits", "17"], "--bits: 17: expected 8 to 16"),
     "weights missing": ("knn", ["--weights", "none.pth"], "or directory: expected a .pth"),
     "weights damaged": ("knn", ["--weights", __file__], "damaged or foreign file"),
-    "out is a file": ("knn", ["--out", "file.txt"], "file.txt/knn/.writable: cannot be written"),
+    "out is a file": ("knn", ["--out", "file.txt"], "file.txt/knn/metrics.json: cannot be written"),
     "save is a folder": ("knn", ["--save", "folder"], "--save folder: is a folder"),
     "save below a file": (
         "knn",
         ["--save", "file.txt/m.pt"],
-        "file.txt/.writable: cannot be written",
+        "file.txt/m.pt: cannot be written",
     ),
     "load missing": ("knn", ["--load", "none.pt"], "--load none.pt: No such file"),
     "predict missing": (

@@ -24,13 +24,13 @@ def images(generator):
 def test_autoencoder_score_is_the_mean_squared_error(scripts, images):
     module = scripts["autoencoder"]
     network = module.build_autoencoder(8).eval()
-    scores, maps, (drawings,) = module.score(network, "cpu", images)
+    scores, maps, cells = module.score(network, "cpu", images)
     seen = module.shrink(images, "cpu")
     with torch.no_grad():
         expected = ((seen - network(seen)) ** 2).flatten(1).mean(1)
     torch.testing.assert_close(scores, expected)
     assert maps.shape == (8, 64, 64)
-    assert drawings.tiles.shape == (8, 3, 64, 64)
+    assert [cell.tile.shape for (cell,) in cells] == [(3, 64, 64)] * 8
 
 
 def test_jitter_moves_little_and_keeps_a_flat_image(scripts):
@@ -97,9 +97,8 @@ def test_knn_leaves_out_the_photo_itself_also_among_copies(scripts, images):
     """Of equal rows the first is the first neighbor of all: it is not the one to leave out."""
     copied = torch.cat([images[:4], images[:1], images[:1]])
     result = scripts["knn"].fit(copied, small_backbone(), neighbors=2).result
-    nearest = [picture.photos.tolist() for picture in result.pictures]
-    assert {nearest[0][5], nearest[1][5]} == {0, 4}
-    assert {nearest[0][0], nearest[1][0]} == {4, 5}
+    assert {cell.photo for cell in result.cells[5]} == {0, 4}
+    assert {cell.photo for cell in result.cells[0]} == {4, 5}
     assert result.scores[[0, 4, 5]].tolist() == [0, 0, 0]
 
 
@@ -220,15 +219,16 @@ def test_compared_are_the_worst_patch_and_the_photo_of_its_nearest_row(scripts, 
         for part in (images[:6], images[6:])
     )
     origin = fitted.state["origin"]
-    (compared,) = module.detector(fitted.state, backbone)(images[6:]).pictures
+    compared = module.detector(fitted.state, backbone)(images[6:]).cells
     for i, patches in enumerate(new.flatten(1, 2)):
         distances = torch.cdist(patches.double(), features.flatten(0, 2)[origin].double())
         worst = int(distances.amin(1).argmax())
         nearest = int(origin[distances[worst].argmin()])
         photo, cell = divmod(nearest, 64)
-        assert compared.photos[i] == photo
-        assert compared.captions[i] == f"s* {distances.amin(1).max():.4g}"
-        left, right = compared.tiles[i].split(48, dim=2)
+        (shown,) = compared[i]
+        assert shown.photo == photo
+        assert shown.caption == f"compared\ns* {distances.amin(1).max():.4g}"
+        left, right = shown.tile.split(48, dim=2)
         for half, image, place in [(left, images[6 + i], worst), (right, images[photo], cell)]:
             row, column = place // 8 * 8, place % 8 * 8
             outlined = image.clone()
