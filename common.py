@@ -15,10 +15,8 @@ Chapters 1 to 6 take arguments and return values. Use them in a notebook as they
 # chapter 1, and come back when a name of this chapter turns up.
 
 import argparse
-import contextlib
 import copy
 import csv
-import functools
 import hashlib
 import inspect
 import itertools
@@ -37,6 +35,8 @@ import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,10 +56,12 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, stats
 from sklearn.metrics import RocCurveDisplay, roc_auc_score
+from torch import nn
+from torch.linalg import vector_norm
 from torchvision.transforms import functional as image_transforms
 from tqdm import tqdm
 
-with contextlib.suppress(ImportError):  # optional: photos of iPhones
+with suppress(ImportError):  # optional: photos of iPhones
     __import__("pillow_heif").register_heif_opener()
 Image.MAX_IMAGE_PIXELS = 250_000_000  # phones take 200 megapixels; Pillow refuses twice this number
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -265,9 +267,8 @@ def load_regions(path: Path, size, masks: dict, resize: int, crop: int, remarks:
     if mask_path is None:
         return None
     gray = read_mask(mask_path)
-    own_size = gray.shape[::-1]  # (width, height)
-    if own_size != size:
-        raise UserError(f"{mask_path}: is {own_size}, expected {size} as its photo")
+    if gray.shape[::-1] != size:
+        raise UserError(f"{mask_path}: is {gray.shape[::-1]}, expected {size} as its photo")
     regions, count = defect_regions(gray)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0].numpy()
     if count == 0:
@@ -285,7 +286,7 @@ def load_regions(path: Path, size, masks: dict, resize: int, crop: int, remarks:
 
 def orientation(path: Path) -> int:
     """Returns the EXIF orientation of a file, from 1, which is upright, to 8."""
-    with contextlib.suppress(Exception), Image.open(path) as image:
+    with suppress(Exception), Image.open(path) as image:
         return image.getexif().get(ORIENTATION, 1)
     return 1
 
@@ -296,7 +297,7 @@ def open_upright(path: Path) -> Image.Image:
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             note(f"{path}: holds {image.n_frames} frames or pages: the first one is used")
         image.load()
-        with contextlib.suppress(Exception):  # it turns the image before odd metadata fails
+        with suppress(Exception):  # it turns the image before odd metadata fails
             ImageOps.exif_transpose(image, in_place=True)
         return image.copy()
 
@@ -361,7 +362,7 @@ def defect_regions(gray: np.ndarray) -> tuple[np.ndarray, int]:
     return ndimage.label(strong & (peak >= gray.max() / 8), TOUCHING)
 
 
-@contextlib.contextmanager
+@contextmanager
 def readable(name):
     """Turns whatever a decoder raises on a damaged file into a UserError that names the file."""
     try:
@@ -425,28 +426,22 @@ def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np
     """
     originals = thumbnails(train, 32).flatten(1).double()  # (N, 3072)
     others = thumbnails(test, 32).flatten(1).double()  # (T, 3072)
-    rank = max(3, len(train) // 8)
+    rank = min(max(3, len(train) // 8) + 1, len(train))  # a training image is its own nearest
+    blocks = []
+    for block in progress(torch.cat([originals, others]).split(256), "compare photos"):
+        distances = torch.cdist(block, originals).round(decimals=3)  # (256, N)
+        usual = distances.kthvalue(rank, dim=1, keepdim=True).values
+        blocks.append(distances < NEAR * usual)
+    copied = torch.cat(blocks)  # (N + T, N): which training images each image nearly repeats
     is_original = torch.zeros(len(train), dtype=torch.bool)
-    copied = copied_rows(originals, originals, rank + 1)  # an image is the nearest to itself
     for number in range(len(train)):
         is_original[number] = not (copied[number] & is_original).any()
-    is_known = copied_rows(others, originals, rank).any(dim=1)
-    return ~is_original.numpy(), is_known.numpy()
+    return ~is_original.numpy(), copied[len(train) :].any(dim=1).numpy()
 
 
 def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
     """Shrinks images (N, 3, S, S) uint8 to (N, 3, side, side) float32."""
     return torch.cat([resize(part.float(), (side, side)) for part in images.split(64)])
-
-
-def copied_rows(queries: torch.Tensor, rows: torch.Tensor, rank: int) -> torch.Tensor:
-    """Finds the rows that each query nearly repeats, (Q, N) bool; see `near_copies`."""
-    copied = []
-    for block in progress(queries.split(256), "compare photos"):
-        distances = torch.cdist(block, rows).round(decimals=3)  # (256, N)
-        usual = distances.kthvalue(min(rank, len(rows)), dim=1, keepdim=True).values
-        copied.append(distances < NEAR * usual)
-    return torch.cat(copied)
 
 
 # ------------------------------------------------------------------ 2. a backbone and its features
@@ -486,7 +481,7 @@ def load_backbone(
         content.update(tensor.contiguous().numpy())
         if not tensor.isfinite().all():
             raise UserError(f"--weights {weights}: holds NaN or infinity: get it again")
-    backbone = torch.nn.Sequential(OrderedDict(zip(STAGES, stages, strict=True)))
+    backbone = nn.Sequential(OrderedDict(zip(STAGES, stages, strict=True)))
     fold_batch_norms(backbone.requires_grad_(False).eval())
     backbone.to(device, memory_format=torch.channels_last)
     backbone.device = torch.device(device)
@@ -500,9 +495,9 @@ def load_backbone(
 def resnet(name: str):
     """Builds a torchvision ResNet without weights. Returns it and its STAGES."""
     network = getattr(torchvision.models, name)(weights=None)
-    network.fc = torch.nn.Identity()  # the classifier is not used
+    network.fc = nn.Identity()  # the classifier is not used
     normalize = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    stem = torch.nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+    stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
     stages = [normalize, stem, network.layer1, network.layer2, network.layer3, network.layer4]
     return network, stages
 
@@ -510,18 +505,18 @@ def resnet(name: str):
 def efficientnet_lite0():
     """Does the same for EfficientNet-Lite0, whose stages end at strides 4, 8, 16 and 32."""
     network = EfficientNet.from_name("efficientnet-lite0")
-    network._conv_head = network._bn1 = network._fc = torch.nn.Identity()  # the classifier
+    network._conv_head = network._bn1 = network._fc = nn.Identity()  # the classifier
     normalize = torchvision.transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)  # as trained
-    stem = torch.nn.Sequential(network._conv_stem, network._bn0, network._swish)
+    stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
     stages = [normalize, stem]
     for start, end in [(0, 3), (3, 5), (5, 11), (11, 16)]:  # 24, 40, 112 and 320 channels
-        stages.append(torch.nn.Sequential(*network._blocks[start:end]))
+        stages.append(nn.Sequential(*network._blocks[start:end]))
     return network, stages
 
 
 def no_network():
     """Does the same for no network at all: every stage puts out the image."""
-    return torch.nn.Identity(), [torch.nn.Identity() for _ in STAGES]
+    return nn.Identity(), [nn.Identity() for _ in STAGES]
 
 
 def read_weights(name: str, source: str) -> dict:
@@ -537,7 +532,7 @@ def read_weights(name: str, source: str) -> dict:
     return download_weights(name)
 
 
-def fill_in(network: torch.nn.Module, weights: dict, name: str, source: str) -> None:
+def fill_in(network: nn.Module, weights: dict, name: str, source: str) -> None:
     """Gives a network its weights, however they were saved, but for those of the classifier."""
     for wrapper in ("state_dict", "model"):
         if isinstance(weights.get(wrapper), dict):
@@ -563,16 +558,16 @@ def shapes_of(state: dict) -> dict:
     return {key: getattr(state[key], "shape", None) for key in keys}
 
 
-def fold_batch_norms(network: torch.nn.Module) -> None:
+def fold_batch_norms(network: nn.Module) -> None:
     """Makes batch norms part of the convolutions before them, which saves work and changes nothing
     else."""
     for parent in list(network.modules()):
         children = list(parent.named_children())
         for (name, first), (norm_name, norm) in itertools.pairwise(children):
-            if isinstance(first, torch.nn.Conv2d) and isinstance(norm, torch.nn.BatchNorm2d):
-                fused = torch.nn.utils.fusion.fuse_conv_bn_eval(first, norm)
+            if isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                fused = nn.utils.fusion.fuse_conv_bn_eval(first, norm)
                 setattr(parent, name, fused.requires_grad_(False))
-                setattr(parent, norm_name, torch.nn.Identity())
+                setattr(parent, norm_name, nn.Identity())
 
 
 def extract(backbone, layers, images: torch.Tensor, description="features"):
@@ -600,10 +595,10 @@ def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
 
     up_to_last = backbone[: STAGES.index(layers[-1]) + 1]  # what follows is never computed
     batch = images.to(backbone.device, memory_format=torch.channels_last)
-    with hooks_lock, contextlib.ExitStack() as hooks:  # which are removed when it ends
+    with hooks_lock, ExitStack() as hooks:  # which are removed when it ends
         for name in layers:
             module = backbone.get_submodule(name)
-            hook = functools.partial(keep_output, name)
+            hook = partial(keep_output, name)
             hooks.enter_context(module.register_forward_hook(hook))
         up_to_last(batch.float() / 255)
     return [outputs[name] for name in layers]
@@ -612,7 +607,7 @@ def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
 def resize(images: torch.Tensor, size) -> torch.Tensor:
     """Resizes (B, C, h, w) to (B, C, *size) bilinearly. It averages if that shrinks the images."""
     shrinks = images.shape[2] > size[0]
-    return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=shrinks)
+    return nn.functional.interpolate(images, size, mode="bilinear", antialias=shrinks)
 
 
 def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
@@ -642,7 +637,7 @@ def allocate(shape, scratch):
         return torch.empty(shape), lambda: None
     note(f"the features, {size / 2**30:.1f} GiB, lie in {scratch} during the fit")
     with tempfile.TemporaryFile(dir=scratch) as file:
-        with contextlib.suppress(AttributeError):  # not every system can reserve the room
+        with suppress(AttributeError):  # not every system can reserve the room
             os.posix_fallocate(file.fileno(), 0, size)
         array = np.memmap(file, np.float32, shape=shape)
     pages = array.base
@@ -667,7 +662,7 @@ def goes_to_disk(size: int, scratch) -> bool:
 
 def free_memory() -> float:
     """Returns how many bytes of memory are free, or infinity if the system does not tell."""
-    with contextlib.suppress(OSError):  # Linux tells it here
+    with suppress(OSError):  # Linux tells it here
         after = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
         return 1024 * int(after.split()[0])
     return math.inf
@@ -814,13 +809,13 @@ def useful_axes(sample: torch.Tensor, num_axes: int):
 def shorten(x: torch.Tensor, axes):
     """Returns f(x) and in one more column |x|^2, lowered for rounding, (n, m + 2). x counts from
     the center."""
-    squared = torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
+    squared = vector_norm(x, dim=1, keepdim=True).square()
     squared *= 1 - MARGIN * x.shape[1] ** 0.5
     if axes is None:
         return torch.cat([x, squared], dim=1)
     along = x @ axes  # Px
     rest = x - along @ axes.T
-    left_out = torch.linalg.vector_norm(rest, dim=1, keepdim=True)  # r(x)
+    left_out = vector_norm(rest, dim=1, keepdim=True)  # r(x)
     return torch.cat([along, left_out, squared], dim=1)
 
 
@@ -831,7 +826,7 @@ def measure(queries, rows, query, row):
     for part_query, part_row in zip(query.split(step), row.split(step), strict=True):
         difference = rows.index_select(0, part_row)
         difference -= queries.index_select(0, part_query)
-        distances.append(torch.linalg.vector_norm(difference, dim=1))
+        distances.append(vector_norm(difference, dim=1))
     return torch.cat(distances)
 
 
@@ -839,7 +834,7 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
     """Raises ValueError for what neither search nor coreset can work on."""
     if matrix.ndim != 2 or matrix.dtype != torch.float32:
         raise ValueError(f"{name}: expected 2-D float32, got {matrix.ndim}-D {matrix.dtype}")
-    squared = torch.linalg.vector_norm(matrix, dim=1).square()
+    squared = vector_norm(matrix, dim=1).square()
     if not (8 * squared.sum()).isfinite():  # as one NaN, infinity or huge value spoils the sum
         row = int(squared.argmax())
         raise ValueError(f"{name}: row {row} holds NaN, infinity or values too large for float32")
@@ -1085,7 +1080,7 @@ def smallest_cupy(bounds: torch.Tensor, k: int):
 
 def coreset_cupy(features, size, first) -> Coreset:
     """Makes the `Coreset` in float32. It launches a kernel for each pick and waits for none."""
-    columns = torch.nn.functional.pad(features, (0, -features.shape[1] % 4)).contiguous()
+    columns = nn.functional.pad(features, (0, -features.shape[1] % 4)).contiguous()
     squared = features.new_full((len(features),), torch.inf)  # to the nearest pick
     assignment = torch.zeros_like(squared, dtype=torch.int32)
     picks = torch.zeros(
@@ -1113,7 +1108,7 @@ def launch(name: str, blocks: int, *arguments) -> None:
         cuda_kernels()[name]((blocks,), (THREADS,), tuple(passed))
 
 
-@functools.cache
+@cache
 def cuda_kernels():
     """Returns the compiled kernels by name, or None if CuPy does not work, which it says once."""
     try:
@@ -1292,7 +1287,7 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
 UNLIKE_TRAINING = "train/good lacks what they show (does it hold copies of one part, or another "
 UNLIKE_TRAINING += "light or file format?): add normal photos that are taken like these"
-font = functools.cache(ImageFont.load_default)
+font = cache(ImageFont.load_default)
 
 
 class Run(NamedTuple):
@@ -1405,7 +1400,7 @@ def show_tables(run: Run, metrics: dict, runs: list[dict]) -> None:
     """Prints this run by defect type, then all methods run so far on the same data and weights."""
     options = run.options
     file = sys.stderr if options.predict else sys.stdout  # stdout is for the predictions
-    say = functools.partial(print, file=file)
+    say = partial(print, file=file)
     say(f"\n{options.method} on {options.data}, {metrics['weights']}")
     say(table_row("defect type", METRICS, METRICS, "reported"))
     for kind, of_kind in (metrics["per_defect"] | {"all": metrics}).items():
@@ -1504,7 +1499,7 @@ def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
     widths = [step * len(cells) for cells in rows]
     widths += [int(font(14).getlength(line)) + 12 for line in drawable(title).split("\n")]
     picture = Image.new("RGB", (max(widths), 48 + step * len(rows)), "white")
-    write = functools.partial(ImageDraw.Draw(picture).multiline_text, font=font(14))
+    write = partial(ImageDraw.Draw(picture).multiline_text, font=font(14))
     write((6, 6), drawable(title), fill="black")
     for row, cells in enumerate(rows):
         top = 48 + step * row
@@ -1567,7 +1562,7 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
     runs = []
     for path in sorted(folder.glob("*/metrics.json")):
         # The file may be another program's.
-        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):
+        with suppress(OSError, EOFError, ValueError, KeyError, TypeError):
             other = json.loads(path.read_text())
             weights = {NO_WEIGHTS, other["weights"], metrics["weights"]}
             same = other["data"] == metrics["data"] and len(weights) <= 2
@@ -1609,7 +1604,7 @@ def download_weights(name: str) -> dict:
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the run
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+        with redirect_stdout(sys.stderr):  # stdout is for results
             return weights.get_state_dict(progress=sys.stderr.isatty())
     except Exception:  # no network; or a damaged download, of now or earlier
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
@@ -1786,7 +1781,7 @@ def short_name(path: Path) -> str:
     return drawable(f"{path.parent.name}/{path.name}")[-28:]
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic(path: Path):
     """Yields a temporary path that becomes `path` on success, so that nobody sees half a file. If
     nothing is written to it, this only tells whether `path` could be written."""
@@ -1817,11 +1812,11 @@ RUN_OPTIONS |= {"predict", "pictures", "method"}
 PRACTICE_PILL = Path(__file__).parent / "tests" / "practice_pill"
 
 
-@contextlib.contextmanager
+@contextmanager
 def ends_in_one_line():
     """Ends the process in one line, not in a traceback, after what a user can mend or has done."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, as long as the process
-    with contextlib.suppress(AttributeError):  # a notebook's stdout cannot, a closed one is None
+    with suppress(AttributeError):  # a notebook's stdout cannot, a closed one is None
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # names as they are
     try:
         yield
@@ -1833,7 +1828,7 @@ def ends_in_one_line():
         end(130, "\ninterrupted: nothing was left half-written")
     except OSError as error:
         if error.filename is None:  # it is stdout's: what it holds is not tried again at the end
-            with contextlib.suppress(OSError, ValueError, AttributeError):
+            with suppress(OSError, ValueError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # its reader went away, as in `... | head`
             sys.exit(141)
@@ -2001,7 +1996,7 @@ def number(kind, low, high):
     """Returns a type for argparse that takes a number of this kind, from low to high."""
 
     def convert(text):
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             value = kind(text)
             if low <= value <= high:
                 return value
