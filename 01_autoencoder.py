@@ -25,6 +25,7 @@ import common
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 # differs from the paper: image size: it takes 128 or 256 pixels; 64 take minutes less.
 SIDE = 64  # pixels
@@ -82,8 +83,8 @@ def jitter(images: torch.Tensor) -> torch.Tensor:
     cos = (1 + scale) * angle.cos()
     sin = (1 + scale) * angle.sin()
     affine = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(-1, 2, 3)
-    grid = nn.functional.affine_grid(affine.to(images.device), images.shape, align_corners=False)
-    return nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    grid = F.affine_grid(affine.to(images.device), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def fit(
@@ -102,7 +103,7 @@ def fit(
     losses = torch.zeros(steps)
     for step in common.progress(range(steps), "fit: train"):
         batch = jitter(targets[torch.randint(len(targets), (BATCH,))])
-        loss = nn.functional.mse_loss(network(batch), batch)
+        loss = F.mse_loss(network(batch), batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -26,6 +26,7 @@ import common
 import torch
 from sklearn.decomposition import PCA
 from torch import nn
+from torch.nn import functional as F
 
 LAYERS = ["layer2", "layer3"]
 
@@ -52,7 +53,7 @@ def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:
     # coarser, and about a quarter of the memory.
     aligned = [common.resize(output, outputs[0].shape[2:]) for output in outputs]
     stacked = torch.cat(aligned, dim=1)  # ResNet50: (B, 512 + 1024, 28, 28)
-    return nn.functional.avg_pool2d(stacked, 3, 1, padding=1)
+    return F.avg_pool2d(stacked, 3, 1, padding=1)
 
 
 def latent_size(features: torch.Tensor) -> int:
@@ -112,7 +113,7 @@ def fit(
         # differs from the paper: batches: a step takes 1024 regions of all images, not all regions
         # of four images, which are much alike.
         batch = regions[torch.randint(len(regions), (1024,))].to(backbone.device)  # (1024, C)
-        loss = nn.functional.mse_loss(network(batch), batch)
+        loss = F.mse_loss(network(batch), batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -49,6 +49,7 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.random_projection import GaussianRandomProjection
+from torch.nn import functional as F
 from torchvision.transforms.functional import crop
 from torchvision.utils import draw_bounding_boxes
 
@@ -81,7 +82,7 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
         # differs from the paper: pooling: its code averages the C x 9 numbers of a neighborhood, in
         # order, to 1024 per layer, and then those of both layers to 1024. The README says what that
         # changes.
-        averaged = torch.nn.functional.avg_pool2d(output, 3, 1, padding=1)
+        averaged = F.avg_pool2d(output, 3, 1, padding=1)
         parts.append(common.resize(averaged, finest))
     return torch.cat(parts, dim=1).permute(0, 2, 3, 1)  # ResNet50: (B, 28, 28, 512 + 1024)
 
