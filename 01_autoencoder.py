@@ -143,8 +143,12 @@ def score(network, device, images: torch.Tensor) -> common.Result:
     # largest single error is a speckle, on normal pills as well, while all errors of a defect
     # together stand out.
     scores = grids.mean(dim=(1, 2))
-    cells = [[common.Cell("reconstruction", drawing)] for drawing in torch.cat(drawings)]
-    return common.Result(scores, maps, cells)
+    return common.Result(scores, maps, partial(drawn_cells, torch.cat(drawings)))
+
+
+def drawn_cells(drawings: torch.Tensor, i: int) -> list[common.Cell]:
+    """Returns the reconstruction of image i, of (N, 3, 64, 64) uint8, to be shown beside it."""
+    return [common.Cell("reconstruction", drawings[i])]
 
 
 if __name__ == "__main__":

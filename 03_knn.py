@@ -59,17 +59,21 @@ def fit(images, backbone, neighbors=5) -> common.Fitted:
 
 
 def average(distances: torch.Tensor, indices: torch.Tensor, state: dict) -> common.Result:
-    """Computes d(x), (N,), from distances and indices (N, k), and shows the nearest images."""
-    cells = []
-    for of_image, photos in zip(distances[:, :3].tolist(), indices[:, :3].tolist(), strict=True):
-        nearest = []
-        for distance, photo in zip(of_image, photos, strict=True):
-            caption = f"nearest normal\ndistance {distance:.3g}"
-            nearest.append(common.Cell(caption, state["thumbnails"][photo], photo))
-        cells.append(nearest)
+    """Computes d(x), (N,), from distances and indices (N, k)."""
     # differs from the paper: distance: it averages squared distances, by which one far neighbor
     # weighs more.
-    return common.Result(distances.cpu().mean(dim=1), None, cells)
+    scores = distances.cpu().mean(dim=1)
+    nearest = partial(nearest_images, distances, indices, state["thumbnails"])
+    return common.Result(scores, None, nearest)
+
+
+def nearest_images(distances, indices, thumbnails, i: int) -> list[common.Cell]:
+    """Shows the up to three nearest normal images of image i."""
+    cells = []
+    for distance, photo in zip(distances[i, :3], indices[i, :3].tolist(), strict=True):
+        caption = f"nearest normal\ndistance {distance:.3g}"
+        cells.append(common.Cell(caption, thumbnails[photo], photo))
+    return cells
 
 
 def score(state: dict, backbone, images: torch.Tensor) -> common.Result:

@@ -199,7 +199,7 @@ def result_of(images, batches: list[Scored], origin: torch.Tensor, state: dict) 
     row of the bank is."""
     scored = Scored(*map(torch.cat, zip(*batches, strict=True)))
     maps = common.to_maps(scored.distances, images.shape[2])
-    compared = compare(images, scored, origin[scored.nearest], state)
+    compared = partial(compare, images, scored, origin[scored.nearest], state)
     return common.Result(scored.s, maps, compared)
 
 
@@ -276,22 +276,19 @@ def small_photos(images: torch.Tensor, room: int) -> torch.Tensor:
     return common.thumbnails(images, min(side, images.shape[2])).round().byte()
 
 
-def compare(images, scored: Scored, origin: torch.Tensor, state: dict) -> list[list[common.Cell]]:
-    """Draws the tile "compared": left the worst patch m_test, right the normal patch of its m*.
-    `origin`, (n,), says which row of M each m* is."""
+def compare(images, scored: Scored, origin, state: dict, i: int) -> list[common.Cell]:
+    """Draws the tile "compared" of image i: left the worst patch m_test, right the normal patch of
+    its m*. `origin`, (n,), says which row of M each m* is."""
     grid = scored.distances.shape[1:]
     stride = 2 ** (int(max(state["layers"])[-1]) + 1)  # of the coarsest layer: 16 if it is layer3
     window = max(48, 3 * stride)  # pixels that f_agg averages over
-    compared = []
-    for i, image in enumerate(images):
-        photo = int(origin[i]) // grid.numel()
-        small = state["photos"][photo][None].float()
-        normal = common.resize(small, image.shape[1:])[0].round().byte()  # (3, S, S)
-        left = around(image, scored.worst[i], grid, window)
-        right = around(normal, origin[i] % grid.numel(), grid, window)
-        tile = torch.cat([left, right], dim=2)
-        compared.append([common.Cell(f"compared\ns* {scored.s_star[i]:.4g}", tile, photo)])
-    return compared
+    photo = int(origin[i]) // grid.numel()
+    small = state["photos"][photo][None].float()
+    normal = common.resize(small, images.shape[2:])[0].round().byte()  # (3, S, S)
+    left = around(images[i], scored.worst[i], grid, window)
+    right = around(normal, origin[i] % grid.numel(), grid, window)
+    tile = torch.cat([left, right], dim=2)
+    return [common.Cell(f"compared\ns* {scored.s_star[i]:.4g}", tile, photo)]
 
 
 def around(image: torch.Tensor, cell: torch.Tensor, grid, window: int) -> torch.Tensor:

@@ -34,6 +34,7 @@ import time
 import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from functools import cache, partial
@@ -1153,7 +1154,7 @@ class Result(NamedTuple):
 
     scores: torch.Tensor  # (N,) float32: the anomaly scores, high for a defect
     maps: torch.Tensor | None  # (N, S, S) float32: the anomaly maps; None: the method has none
-    cells: list[list[Cell]]  # (N,) what else it shows of each image
+    cells: Callable  # a function: the number of an image -> list of Cells, what else it shows of it
 
 
 class Fitted(NamedTuple):
@@ -1485,7 +1486,7 @@ def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -
     if result.maps is not None:
         heat = heat_map(run, image, result.maps[i], score)
         cells.append(Cell("anomaly map", heat))
-    for cell in result.cells[i]:
+    for cell in result.cells(i):
         photo = "" if cell.photo is None else run.model["names"][cell.photo]
         cells.append(Cell(f"{cell.caption}\n{photo}", cell.tile))
     return cells

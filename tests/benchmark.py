@@ -290,7 +290,7 @@ def benchmark_schematic(options):
         ("patch features", "28 x 28 of 152 numbers", 0.315, 0.5, 0.135),
         ("memory bank", f"{len(picks):,} of {60 * 784:,} (coreset)", 0.485, 0.5, 0.165),
         ("nearest row", "m_test and m*", 0.685, 0.5, 0.135),
-        ("anomaly map", f"s* = {result.cells[0][0].caption[12:]}", 0.855, 0.5, 0.135),
+        ("anomaly map", f"s* = {result.cells(0)[0].caption[12:]}", 0.855, 0.5, 0.135),
     ]
     axes = []
     for title, shape, left, middle, width in panels:
@@ -305,7 +305,7 @@ def benchmark_schematic(options):
     axes[3].imshow(in_colors(features))
     axes[4].scatter(*plane.transform(cloud).T, s=0.3, color="lightgray", linewidths=0)
     axes[4].scatter(*plane.transform(picks).T, s=0.8, color="tab:blue", linewidths=0)
-    axes[5].imshow(result.cells[0][0].tile.permute(1, 2, 0))
+    axes[5].imshow(result.cells(0)[0].tile.permute(1, 2, 0))
     axes[6].imshow(result.maps[0], cmap="inferno")
     for start, end in [((0.142, 0.6), (0.172, 0.7)), ((0.142, 0.4), (0.172, 0.3)),
                        ((0.268, 0.7), (0.312, 0.6)), ((0.268, 0.3), (0.312, 0.4)),

@@ -294,7 +294,7 @@ def test_the_place_of_the_peak_is_in_pixels_of_the_photo(crop, size):
     photo = Image.new("RGB", size)
     photo.paste("white", (145, 175, 152, 182))
     seen = common.prepare(photo, 256, crop)[:1].float()
-    result = common.Result(seen.amax((1, 2)), seen, [])
+    result = common.Result(seen.amax((1, 2)), seen, None)
     options = SimpleNamespace(resize=256, crop=crop)
     x, y = common.place_of_peak(options, result, 0, size)
     assert abs(x - 148) <= 4

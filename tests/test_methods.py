@@ -30,7 +30,7 @@ def test_autoencoder_score_is_the_mean_squared_error(scripts, images):
         expected = ((seen - network(seen)) ** 2).flatten(1).mean(1)
     torch.testing.assert_close(scores, expected)
     assert maps.shape == (8, 64, 64)
-    assert [cell.tile.shape for (cell,) in cells] == [(3, 64, 64)] * 8
+    assert cells(7)[0].tile.shape == (3, 64, 64)
 
 
 def test_jitter_moves_little_and_keeps_a_flat_image(scripts):
@@ -97,8 +97,8 @@ def test_knn_leaves_out_the_photo_itself_also_among_copies(scripts, images):
     """Of equal rows the first is the first neighbor of all: it is not the one to leave out."""
     copied = torch.cat([images[:4], images[:1], images[:1]])
     result = scripts["knn"].fit(copied, small_backbone(), neighbors=2).result
-    assert {cell.photo for cell in result.cells[5]} == {0, 4}
-    assert {cell.photo for cell in result.cells[0]} == {4, 5}
+    assert {cell.photo for cell in result.cells(5)} == {0, 4}
+    assert {cell.photo for cell in result.cells(0)} == {4, 5}
     assert result.scores[[0, 4, 5]].tolist() == [0, 0, 0]
 
 
@@ -225,7 +225,7 @@ def test_compared_are_the_worst_patch_and_the_photo_of_its_nearest_row(scripts, 
         worst = int(distances.amin(1).argmax())
         nearest = int(origin[distances[worst].argmin()])
         photo, cell = divmod(nearest, 64)
-        (shown,) = compared[i]
+        (shown,) = compared(i)
         assert shown.photo == photo
         assert shown.caption == f"compared\ns* {distances.amin(1).max():.4g}"
         left, right = shown.tile.split(48, dim=2)
