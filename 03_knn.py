@@ -76,17 +76,17 @@ def nearest_images(distances, indices, thumbnails, i: int) -> list[common.Cell]:
     return cells
 
 
-def score(state: dict, backbone, images: torch.Tensor) -> common.Result:
+def score(state: dict, backbone, bank, images: torch.Tensor) -> common.Result:
     """Scores images (N, 3, S, S) uint8. There are no maps, as an image is one vector."""
     queries = embed(images, backbone, "score")
-    bank = state["bank"].to(backbone.device)
-    distances, indices = common.nearest_neighbors(queries, bank, state["neighbors"])
+    distances, indices = bank.nearest(queries, state["neighbors"])
     return average(distances, indices, state)
 
 
 def detector(state: dict, backbone):
     """Returns the function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
-    return partial(score, state, backbone)
+    bank = common.MemoryBank(state["bank"].to(backbone.device))
+    return partial(score, state, backbone, bank)
 
 
 if __name__ == "__main__":
