@@ -673,7 +673,7 @@ def free_memory() -> float:
 # Vectors go in; the exact distances to the nearest rows of a memory bank come out. Read
 # `plain_nearest_neighbors` first, then `MemoryBank`, which finds the same and measures few rows.
 
-AXES = 128  # m of `MemoryBank`
+NUM_AXES = 128  # m of `MemoryBank`
 ROWS = 2048  # so many rows are prepared, or meet new picks, at a time
 BOUNDS = 2**22  # so many bounds are held at a time: they take 16 MiB
 MARGIN = 8 * torch.finfo(torch.float32).eps  # see `MemoryBank`
@@ -723,16 +723,15 @@ class MemoryBank:
     errors conspire. Coarser products (torch.set_float32_matmul_precision) may lose a neighbor.
     """
 
-    def __init__(self, rows: torch.Tensor, backend="auto", num_axes=AXES):
+    def __init__(self, rows: torch.Tensor, backend="auto"):
         check_rows("bank", rows)
         self.rows = rows.detach()  # (N, D)
         self.backend = backend
         # An odd step, so that the sample does not hit the same patch position in every image.
-        sample = self.rows[:: (len(rows) // 2048) | 1][:2048]
+        step = len(rows) // 2048 | 1
+        sample = self.rows[::step]  # (1366 to 4095, D), or all rows if they are fewer
         self.center = sample.mean(dim=0)  # (D,)
-        self.axes = None  # (D, m)
-        if len(rows) >= 2048 and rows.shape[1] >= 4 * num_axes > 0:
-            self.axes = useful_axes(sample - self.center, num_axes)
+        self.axes = useful_axes(sample - self.center)  # (D, m)
         parts = [shorten(part - self.center, self.axes) for part in self.rows.split(ROWS)]
         columns = torch.cat(parts)
         self.short = columns[:, :-1]  # f(b)
@@ -781,9 +780,7 @@ class MemoryBank:
         # Measure whatever the bound does not exclude: at least these k rows, and no hidden one.
         limit = torch.maximum(farthest.square(), smallest[:, -1])
         limit = limit.clamp(max=torch.finfo(limit.dtype).max)
-        places = (bounds <= limit[:, None]).flatten().nonzero()[:, 0]  # (pairs,), by query
-        query = places // len(self.rows)
-        row = places % len(self.rows)
+        query, row = (bounds <= limit[:, None]).nonzero().unbind(dim=1)  # (pairs,), by query
         distances = measure(queries, self.rows, query, row)
         # Sort these pairs by distance, and then by query. Of equals the lowest row stays first.
         by_distance = distances.argsort(stable=True)
@@ -794,12 +791,15 @@ class MemoryBank:
         return distances[nearest], row[nearest]
 
 
-def useful_axes(sample: torch.Tensor, num_axes: int):
-    """Returns the principal axes (D, m) of centered rows, or None if too many rows would be left.
+def useful_axes(sample: torch.Tensor):
+    """Returns the principal axes (D, m) of centered rows, or None if they would save nothing.
 
     To measure a row that the bound leaves costs about as much as 25 products of D columns.
     """
-    axes = torch.pca_lowrank(sample.cpu(), num_axes, center=False)[2].to(sample.device)
+    if len(sample) < 1024 or sample.shape[1] < 4 * NUM_AXES:
+        return None
+    _, _, axes = torch.pca_lowrank(sample.cpu(), NUM_AXES, center=False)
+    axes = axes.to(sample.device)
     short = shorten(sample, axes)[:, :-1]
     distances = torch.cdist(sample[::32], sample[1::2])
     bounds = torch.cdist(short[::32], short[1::2])
@@ -810,8 +810,8 @@ def useful_axes(sample: torch.Tensor, num_axes: int):
 def shorten(x: torch.Tensor, axes):
     """Returns f(x) and in one more column |x|^2, lowered for rounding, (n, m + 2). x counts from
     the center."""
-    squared = vector_norm(x, dim=1, keepdim=True).square()
-    squared *= 1 - MARGIN * x.shape[1] ** 0.5
+    margin = MARGIN * x.shape[1] ** 0.5
+    squared = (1 - margin) * vector_norm(x, dim=1, keepdim=True).square()
     if axes is None:
         return torch.cat([x, squared], dim=1)
     along = x @ axes  # Px
@@ -942,7 +942,7 @@ def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
 def coreset_duration(rows, size: int) -> float:
     """Estimates how many seconds `coreset_torch` takes. The bounds of all rows against all picks
     take half of them. So they grow with rows x picks, and those of one block are timed here."""
-    picks = MemoryBank(rows[:PICKS], num_axes=0)
+    picks = MemoryBank(rows[:PICKS])
     durations = []
     for _ in range(3):
         start = time.perf_counter()
@@ -959,7 +959,7 @@ def meet(rows, new, count: int, squared, assignment) -> None:
     tells which picks may be nearer to a row than its nearest one so far. Only those are measured,
     the one with the least bound first, until no bound of any row is below its distance.
     """
-    picks = MemoryBank(rows[new], num_axes=0)
+    picks = MemoryBank(rows[new])
     vectors = picks.rows.double()
     for start in range(0, len(rows), ROWS):
         bounds = picks.lower_bounds(rows[start : start + ROWS])  # (n, len(new))
