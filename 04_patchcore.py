@@ -315,12 +315,12 @@ def draw_coreset(cloud, picks, count: int):
     x, y = plane.transform(picks).T
     figure = common.Figure(figsize=(10.5, 3.9), layout="constrained")
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
-    by_order = {"cmap": "viridis", "norm": common.matplotlib.colors.LogNorm(1, len(picks))}
+    by_order = common.matplotlib.colors.LogNorm(1, len(picks))
     for axis, share in zip(axes, (0.01, 0.1, 1), strict=True):
         first = max(1, round(share * len(picks)))
         order = np.arange(first)[::-1]  # the first picks on top
         axis.scatter(cloud_x, cloud_y, s=1, color="lightgray", rasterized=True)
-        points = axis.scatter(x[order], y[order], s=7, c=order + 1, **by_order)
+        points = axis.scatter(x[order], y[order], s=7, c=order + 1, norm=by_order)
         axis.set(xticks=[], yticks=[], title=f"the first {first:,} picks")
     axis.set_title(f"the memory bank: {len(picks):,} of {count:,}")
     figure.colorbar(points, ax=axes, pad=0.01, label="order of the picks")

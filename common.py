@@ -1365,9 +1365,11 @@ def metrics_of(kinds: list[str], test: Split, result: Result, reported: np.ndarr
 
 def write_scores(run: Run, test: Split, result: Result) -> None:
     """Writes scores.csv, which has a line for each test image."""
-    form = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names as they are
-    path = run.options.out / "scores.csv"
-    with atomic(path) as unfinished, open(unfinished, "w", **form) as file:
+    # Names are written as they are, in whatever encoding.
+    with (
+        atomic(run.options.out / "scores.csv") as unfinished,
+        open(unfinished, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "score", "predicted"])
         for photo, is_defect, score in zip(test.paths, test.labels, result.scores, strict=True):
@@ -1431,8 +1433,12 @@ def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
     """Draws scores.png: how far normal and defective images lie apart, and their ROC curve."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
-    by_label = {"label": ["normal", "defective"], "color": ["tab:blue", "tab:red"]}
-    left.hist([scores[~labels], scores[labels]], 20, **by_label)
+    left.hist(
+        [scores[~labels], scores[labels]],
+        bins=20,
+        label=["normal", "defective"],
+        color=["tab:blue", "tab:red"],
+    )
     left.axvline(run.threshold, color="black", linestyle="--", label="threshold")
     left.set(xlabel="anomaly score", ylabel="test images")
     left.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
