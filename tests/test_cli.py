@@ -32,8 +32,8 @@ def read_scores(path):
         return {row["path"]: row for row in csv.DictReader(file)}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_leaves_tables_files_and_figures(method, run_script, pill, tmp_path):
+def check_run(method, run_script, pill, tmp_path):
+    """Runs a method, checks all that it leaves, and returns what it prints."""
     code, out, err = run_script(method, "--data", pill, *small(method))
     assert code == 0
     assert "Traceback" not in err
@@ -66,14 +66,17 @@ def test_a_run_leaves_tables_files_and_figures(method, run_script, pill, tmp_pat
     lines = ["the network sees", "the fitted model is", "warning: --false-al"]
     lines += [f"threshold {metrics['threshold']:.4g}"]
     assert [line[: len(text)] for line, text in zip(err.splitlines(), lines, strict=True)] == lines
+    return out
 
 
-def test_methods_stand_in_one_table_if_data_and_weights_are_the_same(run_script, pill, tmp_path):
+def test_runs_leave_files_and_one_table_if_data_and_weights_are_the_same(
+    run_script, pill, tmp_path
+):
     def table(out):
         return [line.split()[0] for line in out.split("all methods so far")[1].split("\n")[2:-3]]
 
     for method in METHODS:
-        code, out, _ = run_script(method, "--data", pill, *small(method))
+        out = check_run(method, run_script, pill, tmp_path)
     assert table(out) == METHODS
     picture = Image.open(tmp_path / "results" / "methods.png")
     assert picture.height > 500
@@ -83,7 +86,7 @@ def test_methods_stand_in_one_table_if_data_and_weights_are_the_same(run_script,
     pill.rename(tmp_path / "moved")
     for name, content in [("dfr", "[]"), ("autoencoder", '{"images": 1')]:  # not ours; half a file
         (tmp_path / "results" / name / "metrics.json").write_text(content)
-    _, out, _ = run_script("patchcore", "--data", "moved", *SMALL, *QUICK["patchcore"])
+    code, out, _ = run_script("patchcore", "--data", "moved", *SMALL, *QUICK["patchcore"])
     assert table(out) == ["patchcore"]
     assert code == 0
 
