@@ -32,7 +32,7 @@ SCRIPTS = {
 # A small network on small images: the same code in a fraction of the time.
 SMALL = ["--weights", "random", "--backbone", "resnet18", "--resize", "64", "--crop", "64"]
 SHORT = {  # what keeps each method's own work short, as arguments of `fit`
-    "autoencoder": {"steps": 20},
+    "autoencoder": {"steps": 10},
     "dfr": {"steps": 20},
     "knn": {"neighbors": 3},
     "patchcore": {"coreset": 0.2, "neighbors": 3},
