@@ -143,12 +143,10 @@ def score(network, device, images: torch.Tensor) -> common.Result:
     # largest single error is a speckle, on normal pills as well, while all errors of a defect
     # together stand out.
     scores = grids.mean(dim=(1, 2))
-    return common.Result(scores, maps, partial(drawn_cells, torch.cat(drawings)))
-
-
-def drawn_cells(drawings: torch.Tensor, i: int) -> list[common.Cell]:
-    """Returns the reconstruction of image i, of (N, 3, 64, 64) uint8, to be shown beside it."""
-    return [common.Cell("reconstruction", drawings[i])]
+    reconstructions = torch.cat(drawings)  # (N, 3, 64, 64)
+    return common.Result(
+        scores, maps, lambda i: [common.Cell("reconstruction", reconstructions[i])]
+    )
 
 
 if __name__ == "__main__":

@@ -106,13 +106,7 @@ def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> co
     picks = cover.picks.cpu()
     bank = rows[picks]  # M_C
     photos = small_photos(images, room=max(10 * 2**20, bank.nbytes // 5))
-    state = {
-        "bank": bank,
-        "origin": picks,
-        "photos": photos,
-        "layers": layers,
-        "neighbors": neighbors,
-    }
+    state = dict(bank=bank, origin=picks, photos=photos, layers=layers, neighbors=neighbors)
 
     calibration = common.shuffled(len(images), seed)[:CALIBRATION].sort().values
     result = leave_one_out(images, features, projected, cover, calibration, state)

@@ -696,7 +696,7 @@ def nearest_neighbors(queries, bank, k=1, backend="auto"):
     device. Of equally near rows the lowest index comes first. Distances are exact up to the
     rounding of float32, in which rows closer than 1e-19 are alike. Raises ValueError for k outside
     1..N, other shapes or dtypes, NaN or infinity, and for a backend that is not there or cannot
-    find that many.
+    find that many. It prepares the bank at each call: a `MemoryBank` is prepared once.
     """
     return MemoryBank(bank.to(queries.device), backend).nearest(queries, k)
 
@@ -876,7 +876,7 @@ class Coreset(NamedTuple):
 
     picks: torch.Tensor  # (size,) int64, rows in the order picked
     assignment: torch.Tensor  # (N,) int64, the number of the pick that is nearest to each row
-    distances: torch.Tensor  # (N,), to that pick
+    distances: torch.Tensor  # (N,) float32, to that pick
 
 
 def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
@@ -911,7 +911,7 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
 
 def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
     """Makes the `Coreset` of `greedy_coreset` in plain torch, on the features' device."""
-    rows = features.cpu() if features.device.type == "mps" else features
+    rows = features.cpu() if features.device.type == "mps" else features  # MPS has no float64
     squared = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
     assignment = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     picks = first[:0].to(rows.device)
@@ -932,9 +932,7 @@ def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
             bar.set_postfix_str(f"about {left:.0f} s left", refresh=False)
             bar.update(len(new))
             new = farthest_rows(rows, squared, size - len(picks))
-    distances = squared.clamp_(min=0).sqrt_()
-    if rows is not features:  # MPS has no float64
-        distances = distances.float()
+    distances = squared.clamp_(min=0).sqrt_().float()
     device = features.device
     return Coreset(picks.to(device), assignment.to(device), distances.to(device))
 
@@ -1286,8 +1284,10 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
 # out. Read `report` first, then `cells_of`: what is shown of an image.
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
-UNLIKE_TRAINING = "train/good lacks what they show (does it hold copies of one part, or another "
-UNLIKE_TRAINING += "light or file format?): add normal photos that are taken like these"
+UNLIKE_TRAINING = (
+    "train/good lacks what they show (does it hold copies of one part, or another light or file "
+    "format?): add normal photos that are taken like these"
+)
 font = cache(ImageFont.load_default)
 
 
