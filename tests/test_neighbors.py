@@ -103,7 +103,9 @@ def test_the_bound_of_few_columns_loses_no_neighbor(generator, monkeypatch, k):
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-6)
     np.testing.assert_array_equal(indices.numpy(), neighbors)
     monkeypatch.setattr(common, "useful_axes", lambda sample: None)
-    plain = common.MemoryBank(rows).nearest(queries, k)
+    without_axes = common.MemoryBank(rows)
+    assert without_axes.axes is None
+    plain = without_axes.nearest(queries, k)
     assert torch.equal(plain[0], distances)
     assert torch.equal(plain[1], indices)
 
@@ -142,12 +144,14 @@ def test_a_bank_of_some_rows_finds_no_other(generator):
 
 def test_products_of_few_digits_give_no_query_another_ones_neighbors(generator, monkeypatch):
     """What torch.set_float32_matmul_precision("medium") does where the processor has bfloat16."""
-    addmm = torch.addmm
+    addmm_ = torch.Tensor.addmm_
+    products = []
 
-    def rounded(squared, a, b):
-        return addmm(squared, a.bfloat16().float(), b.bfloat16().float())
+    def rounded(bounds, a, b, alpha):
+        products.append(a)
+        return addmm_(bounds, a.bfloat16().float(), b.bfloat16().float(), alpha=alpha)
 
-    monkeypatch.setattr(torch, "addmm", rounded)
+    monkeypatch.setattr(torch.Tensor, "addmm_", rounded)
     bank = torch.randn(500, 64, generator=generator)
     for _ in range(50):
         queries = torch.randn(20, 64, generator=generator)
@@ -155,6 +159,7 @@ def test_products_of_few_digits_give_no_query_another_ones_neighbors(generator, 
         exact = torch.linalg.vector_norm(queries[:, None] - bank[indices], dim=2)
         torch.testing.assert_close(distances, exact)
         assert (distances[:, 0] < 1.1 * torch.cdist(queries, bank).amin(1)).all()
+    assert len(products) == 50
 
 
 def test_where_the_bound_fails_the_nearest_seen_is_found():
