@@ -1675,15 +1675,15 @@ def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=0.05
     backbone = load_backbone(settings.backbone, weights, settings.seed, device)
     check_weights(model, backbone)
     detect = detector(model["state"], backbone)
-    threshold, _ = thresholds(model, false_alarm_rate)
+    threshold, map_range = thresholds(model, false_alarm_rate)
+    run = Run(settings, model, threshold, map_range, title="")
 
     def judge(photo):
         image = read_image(photo, settings.bits)
         seen = prepare(image, settings.resize, settings.crop)
         result = detect(seen[None])
         score = float(result.scores[0])
-        verdict = "defect" if score > threshold else "normal"
-        return verdict, score, None if result.maps is None else result.maps[0]
+        return run.verdict(score), score, None if result.maps is None else result.maps[0]
 
     return judge
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
@@ -258,6 +259,42 @@ def test_names_in_another_encoding_and_thin_photos(run_script, pill, tmp_path):
     arguments = ["--data", tmp_path / os.fsdecode(b"data $\xe9^$"), *SMALL, "--neighbors", "3"]
     code, _, err = run_script("knn", *arguments)
     assert (code, err.count("Glyph")) == (0, 0)
+
+
+def test_pictures_show_the_images_that_they_name(run_script, pill, monkeypatch):
+    """The highest scores and the nearest photos, against scores.csv and a search written out."""
+    pictures = {}
+
+    def save_picture(path, title, rows):
+        pictures[path.name] = [[cell.caption.split("\n") for cell in row] for row in rows]
+
+    def score_of(cell):
+        return float(cell[1].split()[0])
+
+    monkeypatch.setattr(common, "save_picture", save_picture)
+    arguments = [*small("knn"), "--save", "m.pt", "--predict", pill / "test"]
+    assert run_script("knn", "--data", pill, *arguments)[0] == 0
+    scores = defaultdict(list)
+    for path, row in read_scores("results/knn/scores.csv").items():
+        scores[Path(path).parent.name].append(float(row["score"]))
+    for row in pictures["examples.png"]:
+        of_kind = scores.pop(row[0][0])
+        assert score_of(row[0]) == pytest.approx(max(of_kind), rel=1e-3)
+        assert row[1] == ["ground truth"]
+        if len(row) > 5:  # each image has five cells
+            assert score_of(row[5]) == pytest.approx(min(of_kind), rel=1e-3)
+    assert not scores
+    for name in ("normal.png", "predictions.png"):
+        shown = [score_of(row[0]) for row in pictures[name]]
+        assert shown == sorted(shown, reverse=True)
+    model = torch.load("m.pt", weights_only=True)
+    assert score_of(pictures["normal.png"][0][0]) == pytest.approx(
+        float(model["scores"].max()), rel=1e-3
+    )
+    bank, names = model["state"]["bank"], model["names"]
+    for photo, nearest, *_ in pictures["normal.png"]:
+        distances = torch.cdist(bank[names.index(photo[0])][None], bank)[0]
+        assert nearest[2] == names[distances.argsort()[1]]
 
 
 def test_names_in_pictures_tell_photos_apart():

@@ -34,6 +34,19 @@ def maps_and_masks():
     return random.standard_normal((5, 24, 24)) + masks, masks
 
 
+def test_pixels_of_photos_without_a_mask_count_for_nothing(maps_and_masks):
+    maps, masks = maps_and_masks
+    kinds = np.array(["good", "a", "a", "b", "b"])
+    regions = torch.from_numpy(ndimage.label(masks, np.ones((3, 3, 3)))[0])
+    regions[3:] = 0
+    test = common.Split(kinds, kinds, None, regions, kinds != "b")
+    result = common.Result(maps.max((1, 2)), torch.from_numpy(maps), None)
+    found = common.metrics_of(["a", "b"], test, result, result.scores > 2)
+    assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks[:3].ravel(), maps[:3].ravel()))
+    assert found["image_auroc"] == roc_auc_score(kinds != "good", result.scores)
+    assert found["reported"] == (result.scores[1:] > 2).sum()
+
+
 @pytest.mark.parametrize("max_fpr", [0.05, 0.3, 1.0])
 def test_au_pro_equals_brute_force(maps_and_masks, max_fpr):
     maps, masks = maps_and_masks
