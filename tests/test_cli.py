@@ -288,9 +288,8 @@ def test_pictures_show_the_images_that_they_name(run_script, pill, monkeypatch):
         shown = [score_of(row[0]) for row in pictures[name]]
         assert shown == sorted(shown, reverse=True)
     model = torch.load("m.pt", weights_only=True)
-    assert score_of(pictures["normal.png"][0][0]) == pytest.approx(
-        float(model["scores"].max()), rel=1e-3
-    )
+    highest = float(model["scores"].max())
+    assert score_of(pictures["normal.png"][0][0]) == pytest.approx(highest, rel=1e-3)
     bank, names = model["state"]["bank"], model["names"]
     for photo, nearest, *_ in pictures["normal.png"]:
         distances = torch.cdist(bank[names.index(photo[0])][None], bank)[0]

@@ -124,3 +124,10 @@ def test_regions_given_are_not_found_anew():
     found[0, 1, 1] = 1
     assert common.au_pro(found, regions, 1e-9) == pytest.approx(1 / 4)
     assert common.au_pro(found, regions > 0, 1e-9) == pytest.approx(1 / 3)
+
+
+def test_both_thresholds_come_from_the_same_rank():
+    scores = torch.arange(1.0, 41)  # rank 39 of 40 at 5 %, 37 at 10 %
+    model = {"scores": scores, "peaks": 2 * scores, "median": 0.5}
+    assert common.thresholds(model, 0.05) == (39, (0.5, 78, 155.5))
+    assert common.thresholds(model | {"peaks": None}, 0.1) == (37, None)
