@@ -85,7 +85,7 @@ def test_runs_leave_files_and_one_table_if_data_and_weights_are_the_same(
     _, out, _ = run_script("knn", "--data", pill, *other)
     assert table(out) == ["autoencoder", "knn"]  # other weights: not comparable
     pill.rename(tmp_path / "moved")
-    for name, content in [("dfr", "[]"), ("autoencoder", '{"images": 1')]:  # not ours; half a file
+    for name, content in [("dfr", "[]"), ("knn", '{"images": 1')]:  # not ours; half a file
         (tmp_path / "results" / name / "metrics.json").write_text(content)
     code, out, _ = run_script("patchcore", "--data", "moved", *SMALL, *QUICK["patchcore"])
     assert table(out) == ["patchcore"]

@@ -141,6 +141,13 @@ def test_to_maps_equals_pillow_and_scipy(generator):
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
+def test_images_are_averaged_where_they_shrink(generator):
+    image = torch.rand(50, 70, generator=generator)
+    found = common.resize(image[None, None], (9, 11))[0, 0]
+    expected = Image.fromarray(image.numpy()).resize((11, 9), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(found, np.asarray(expected), atol=1e-5)
+
+
 def test_hold_out_is_a_fifth_or_what_the_rate_takes_and_disjoint():
     trained, held_out = common.hold_out(300, seed=3)
     assert (len(trained), len(held_out)) == (240, 60)
