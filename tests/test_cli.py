@@ -92,6 +92,14 @@ def test_runs_leave_files_and_one_table_if_data_and_weights_are_the_same(
     assert code == 0
 
 
+def test_only_out_of_memory_is_called_so(capfd):
+    with pytest.raises(SystemExit), common.ends_in_one_line():
+        torch.empty(10**15)
+    assert capfd.readouterr().err.startswith("error: out of memory: lower --batch-size")
+    with pytest.raises(RuntimeError, match="size"), common.ends_in_one_line():
+        torch.ones(2) @ torch.ones(3)
+
+
 STORY = {  # image AUROC at least and at most, and how to be quick
     "autoencoder": (0.6, 0.92, ["--steps", "120"]),
     "dfr": (0.93, 1, ["--steps", "300"]),
@@ -324,6 +332,9 @@ def test_pictures_of_defects_or_of_none(run_script, model_file, pill, tmp_path):
     pictures = list((folder / "predictions").rglob("*.png"))
     assert 0 < len(pictures) == out.count(",defect,") < 10
     assert f"judged 10 images: {len(pictures)} above the threshold " in err
+    # Its own pictures, which lie there by now, are not judged.
+    code, out, err = run_script("knn", *judge[:-1], ".", "--pictures", "none")
+    assert out.count("\n") == 1 + len([path for path in pill.rglob("*") if path.is_file()])
 
 
 @pytest.mark.parametrize("crop", [224, 0])

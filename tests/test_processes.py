@@ -127,7 +127,7 @@ def test_how_runs_end(pill, fitted, tmp_path):
     # A broken photo, and a picture that cannot be written, do not stop the others.
     photos = tmp_path / "photos"
     photos.mkdir()
-    for name in ("a", "b", "n" * 245):
+    for name in ("a", "b", "n" * 251):
         Image.open(pill / "test/good/000.jpg").save(photos / f"{name}.jpg")
     (photos / "broken.jpg").write_bytes(b"no image")
     pictures = Path("results/knn/predictions", *photos.parts[1:])
