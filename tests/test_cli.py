@@ -13,6 +13,7 @@ import common
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import QUICK, SCRIPTS, SMALL, small
 from PIL import Image
 from sklearn.metrics import roc_auc_score
@@ -57,7 +58,10 @@ def check_run(method, run_script, pill, tmp_path):
     assert {p.name for p in folder.iterdir()} == files | figures
     for name in figures:
         Image.open(folder / name).verify()
-    for text in ("defect type", "crack", "all methods so far", "files in results/"):
+    assert metrics["fit_seconds"] > 0
+    assert 0.1 < metrics["ms_per_image"] < 10_000
+    caught = [f"  {metrics['reported']} of 7\n", f"  {metrics['false_alarms']} of 3\n"]
+    for text in ("defect type", "crack", "all methods so far", "files in results/", *caught):
         assert text in out
     no_backbone = method == "autoencoder"
     weights = "no pretrained weights" if no_backbone else "resnet18, random weights"
@@ -90,6 +94,8 @@ def test_runs_leave_files_and_one_table_if_data_and_weights_are_the_same(
     code, out, _ = run_script("patchcore", "--data", "moved", *SMALL, *QUICK["patchcore"])
     assert table(out) == ["patchcore"]
     assert code == 0
+    metrics = json.loads(Path("results/patchcore/metrics.json").read_text())
+    assert metrics["data"] == str(tmp_path / "moved")
 
 
 def test_only_out_of_memory_is_called_so(capfd):
@@ -421,6 +427,14 @@ def test_options_that_contradict_the_model_are_refused(run_script, model_file, p
     code, _, err = run_script("knn", "--load", "m.pt")
     assert code == 2
     assert "--load m.pt: add --predict PHOTOS or --data DIR" in err
+
+
+def test_own_weights_are_found_from_another_folder(run_script, pill, tmp_path, monkeypatch):
+    torch.save(torchvision.models.resnet18().state_dict(), "w.pth")
+    own = ["--weights", "w.pth", *SMALL[2:], "--neighbors", "3", "--save", "m.pt"]
+    assert run_script("knn", "--data", pill, *own)[0] == 0
+    monkeypatch.chdir(pill)
+    assert run_script("knn", "--load", tmp_path / "m.pt", "--predict", "test")[0] == 0
 
 
 def empty(folder):
