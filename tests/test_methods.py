@@ -151,6 +151,18 @@ def test_equation_7_does_not_overflow(scripts):
     assert scores.item() == pytest.approx(1000, rel=1e-6)
 
 
+def test_psi_keeps_distances_and_follows_the_seed(scripts, generator):
+    project = scripts["patchcore"].project
+    features = torch.randn(100, 600, generator=generator)
+    projected = project(features, 0)
+    ratio = torch.pdist(projected) / torch.pdist(features)
+    assert ratio.mean() == pytest.approx(1, abs=0.03)
+    assert ratio.std() < 0.1
+    assert torch.equal(projected, project(features, 0))
+    assert not torch.equal(projected, project(features, 1))
+    assert project(features[:, :128], 0).equal(features[:, :128])  # no more than 128: as they are
+
+
 def left_out(scripts, features, size, images, b, monkeypatch):
     """(picks, result, the bank's rows for each image): what `leave_one_out` says, and by what."""
     banks, score_patches = [], scripts["patchcore"].score_patches
