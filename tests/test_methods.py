@@ -205,7 +205,7 @@ def test_banks_without_an_image_hold_none_of_its_rows_and_cover_the_rest(
 
 def test_a_bank_that_would_be_empty_is_begun_anew(scripts, generator, monkeypatch):
     features = torch.randn(4, 2, 3, 3, generator=generator)
-    _, result, banks = left_out(scripts, features, 1, torch.arange(4), 1, monkeypatch)
+    _, result, banks = left_out(scripts, features, 1, torch.arange(4), 9, monkeypatch)
     assert all(len(bank) >= 1 for bank in banks)
     assert result.scores.isfinite().all()
 
