@@ -488,7 +488,11 @@ BAD_OPTIONS = {
     "coreset zero": ("patchcore", ["--coreset", "0"], "--coreset: 0: expected 1e-09 to 1"),
     "coreset nan": ("patchcore", ["--coreset", "nan"], "--coreset: nan: expected"),
     "no neighbors": ("patchcore", ["--neighbors", "0"], "--neighbors: 0: expected 1 to"),
-    "neighbors above the bank": ("patchcore", ["--neighbors", "9999"], "the bank holds 51"),
+    "neighbors above the bank": (
+        "patchcore",
+        ["--neighbors", "99", "--coreset", "0.111"],  # 56.8 of 512 rows
+        "the bank holds 57",
+    ),
     "neighbors above the images": ("knn", ["--neighbors", "8"], "there are 8 normal images"),
     "unknown layer": ("patchcore", ["--layers", "layer9"], "invalid choice: 'layer9'"),
     "no layer": ("dfr", ["--layers"], "--layers: expected at least one argument"),
