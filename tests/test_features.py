@@ -95,6 +95,21 @@ def test_a_wrong_weights_file_names_the_first_mismatch(tmp_path, content, messag
     assert message in str(error.value)
 
 
+def loaded_features(folder, content, pixels):
+    torch.save(content, folder / "weights.pth")
+    backbone = common.load_backbone("resnet18", str(folder / "weights.pth"))
+    return next(common.extract(backbone, ["layer4"], pixels))[0]
+
+
+@pytest.fixture(scope="module")
+def plainly_saved(tmp_path_factory):
+    """(state, images, their features) of a network whose state was saved as it is."""
+    torch.manual_seed(5)
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    pixels = torch.randint(256, (5, 3, 64, 64)).byte()
+    return state, pixels, loaded_features(tmp_path_factory.mktemp("weights"), state, pixels)
+
+
 def wrapped(state, key=None, prefix=""):
     named = {prefix + name: tensor for name, tensor in state.items()}
     return {key: named, "epoch": 3} if key else named
@@ -110,15 +125,9 @@ def wrapped(state, key=None, prefix=""):
         lambda s: {name: t for name, t in s.items() if not name.endswith("num_batches_tracked")},
     ],
 )
-def test_weights_are_taken_however_they_were_saved(tmp_path, pixels, change):
-    torch.manual_seed(5)
-    state = torchvision.models.resnet18(weights=None).state_dict()
-    found = []
-    for content in (state, change(state)):
-        torch.save(content, tmp_path / "weights.pth")
-        backbone = common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
-        found.append(next(common.extract(backbone, ["layer4"], pixels))[0])
-    assert torch.equal(found[0], found[1])
+def test_weights_are_taken_however_they_were_saved(tmp_path, plainly_saved, change):
+    state, pixels, features = plainly_saved
+    assert torch.equal(loaded_features(tmp_path, change(state), pixels), features)
 
 
 def test_a_weights_file_runs_no_code(tmp_path):
