@@ -731,7 +731,7 @@ class MemoryBank:
         step = len(rows) // 2048 | 1
         sample = self.rows[::step]  # (1366 to 4095, D), or all rows if they are fewer
         self.center = sample.mean(dim=0)  # (D,)
-        self.axes = useful_axes(sample - self.center)  # (D, m)
+        self.axes = useful_axes(sample, self.center)  # (D, m)
         parts = [shorten(part - self.center, self.axes) for part in self.rows.split(ROWS)]
         columns = torch.cat(parts)
         self.short = columns[:, :-1]  # f(b)
@@ -791,17 +791,18 @@ class MemoryBank:
         return distances[nearest], row[nearest]
 
 
-def useful_axes(sample: torch.Tensor):
-    """Returns the principal axes (D, m) of centered rows, or None if they would save nothing.
+def useful_axes(sample: torch.Tensor, center: torch.Tensor):
+    """Returns the principal axes (D, m) around a center, or None if they would save nothing.
 
     To measure a row that the bound leaves costs about as much as 25 products of D columns.
     """
     if len(sample) < 1024 or sample.shape[1] < 4 * NUM_AXES:
         return None
-    _, _, axes = torch.pca_lowrank(sample.cpu(), NUM_AXES, center=False)
+    centered = sample - center
+    _, _, axes = torch.pca_lowrank(centered.cpu(), NUM_AXES, center=False)
     axes = axes.to(sample.device)
-    short = shorten(sample, axes)[:, :-1]
-    distances = torch.cdist(sample[::32], sample[1::2])
+    short = shorten(centered, axes)[:, :-1]
+    distances = torch.cdist(centered[::32], centered[1::2])
     bounds = torch.cdist(short[::32], short[1::2])
     left = bounds <= distances.amin(dim=1, keepdim=True)
     return axes if left.float().mean() < 0.04 else None

@@ -386,7 +386,7 @@ def benchmark_remarks(options):
     ratios = ratios[ratios.isfinite()]
     print(f"\nprojection: {ratios.min():.2f} to {ratios.max():.2f}, deviation {ratios.std():.3f}")
     own = common.extract(backbone, ["layer2", "layer3"], train.images)
-    common.useful_axes = lambda sample: None  # the bound of the plain product
+    common.useful_axes = lambda *_: None  # the bound of the plain product
     for features in (rows, torch.cat([ours(outputs) for outputs in own]).flatten(0, 2).cpu()):
         bank, queries = common.MemoryBank(features[::10]), features[5::97][:300]
         found = bank.lower_bounds(queries).double()

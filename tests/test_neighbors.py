@@ -102,7 +102,7 @@ def test_the_bound_of_few_columns_loses_no_neighbor(generator, monkeypatch, k):
     expected, neighbors = reference(queries, rows, k)
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-6)
     np.testing.assert_array_equal(indices.numpy(), neighbors)
-    monkeypatch.setattr(common, "useful_axes", lambda sample: None)
+    monkeypatch.setattr(common, "useful_axes", lambda *_: None)
     without_axes = common.MemoryBank(rows)
     assert without_axes.axes is None
     plain = without_axes.nearest(queries, k)
