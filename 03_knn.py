@@ -70,8 +70,9 @@ def average(distances: torch.Tensor, indices: torch.Tensor, state: dict) -> comm
 def nearest_images(distances, indices, thumbnails, i: int) -> list[common.Cell]:
     """Shows the up to three nearest normal images of image i."""
     cells = []
-    for distance, photo in zip(distances[i, :3], indices[i, :3].tolist(), strict=True):
-        caption = f"nearest normal\ndistance {distance:.3g}"
+    for rank, photo in enumerate(indices[i, :3].tolist()):
+        title = ["nearest normal", "2nd nearest", "3rd nearest"][rank]
+        caption = f"{title}\ndistance {distances[i, rank]:.3g}"
         cells.append(common.Cell(caption, thumbnails[photo], photo))
     return cells
 

@@ -596,7 +596,7 @@ def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
 
     up_to_last = backbone[: STAGES.index(layers[-1]) + 1]  # what follows is never computed
     batch = images.to(backbone.device, memory_format=torch.channels_last)
-    with hooks_lock, ExitStack() as hooks:  # which are removed when it ends
+    with hooks_lock, ExitStack() as hooks:  # to leave this block removes the hooks
         for name in layers:
             module = backbone.get_submodule(name)
             hook = partial(keep_output, name)
@@ -641,10 +641,11 @@ def allocate(shape, scratch):
         with suppress(AttributeError):  # not every system can reserve the room
             os.posix_fallocate(file.fileno(), 0, size)
         array = np.memmap(file, np.float32, shape=shape)
+    tensor = torch.from_numpy(array)
     pages = array.base
     if hasattr(pages, "madvise"):  # Windows has none
-        return torch.from_numpy(array), lambda: pages.madvise(mmap.MADV_DONTNEED)
-    return torch.from_numpy(array), lambda: None
+        return tensor, lambda: pages.madvise(mmap.MADV_DONTNEED)
+    return tensor, lambda: None
 
 
 def goes_to_disk(size: int, scratch) -> bool:
@@ -758,10 +759,11 @@ class MemoryBank:
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}: expected 1 to {count}, the rows of the bank")
         block_size = max(1, BOUNDS // len(self.rows))
-        blocks = [self.search(block, k) for block in queries.detach().split(block_size)]
+        own_queries = queries.detach().to(self.rows.device)
+        blocks = [self.search(block, k) for block in own_queries.split(block_size)]
         distances = torch.cat([block_distances for block_distances, _ in blocks])
         indices = torch.cat([block_indices for _, block_indices in blocks])
-        return distances, indices
+        return distances.to(queries.device), indices.to(queries.device)
 
     def search(self, queries: torch.Tensor, k: int):
         """Finds the k nearest rows of a few queries (P, D): distances and indices, (P, k)."""
@@ -1153,7 +1155,7 @@ class Result(NamedTuple):
 
     scores: torch.Tensor  # (N,) float32: the anomaly scores, high for a defect
     maps: torch.Tensor | None  # (N, S, S) float32: the anomaly maps; None: the method has none
-    cells: Callable  # a function: the number of an image -> list of Cells, what else it shows of it
+    cells: Callable  # the number of an image -> list of Cells: what else the method shows of it
 
 
 class Fitted(NamedTuple):
@@ -1502,13 +1504,14 @@ def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -
 def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
     """Draws rows of cells under a title of two lines. All tiles are as large as the first one's
     pixels allow."""
+    heading = drawable(title)
     side = min(max(rows[0][0].tile.shape[1], 224), 448)
     step = side + 6
     widths = [step * len(cells) for cells in rows]
-    widths += [int(font(14).getlength(line)) + 12 for line in drawable(title).split("\n")]
+    widths += [int(font(14).getlength(line)) + 12 for line in heading.split("\n")]
     picture = Image.new("RGB", (max(widths), 48 + step * len(rows)), "white")
     write = partial(ImageDraw.Draw(picture).multiline_text, font=font(14))
-    write((6, 6), drawable(title), fill="black")
+    write((6, 6), heading, fill="black")
     for row, cells in enumerate(rows):
         top = 48 + step * row
         for column, cell in enumerate(cells):

@@ -405,7 +405,10 @@ def truncated(path):
         (lambda path: torch.save([1], path), "damaged or foreign file"),
         (altered(lambda m: m.update(method="dfr")), "format 6, dfr, expected visual"),
         (altered(lambda m: m.update(format="older")), "is older, knn, expected visual"),
-        (altered(lambda m: m.update(fingerprint="x")), "of other content than these: pass the"),
+        (
+            altered(lambda m: m.update(fingerprint="x")),
+            "of other content than these: pass the same",
+        ),
         (flipped, "m.pt: damaged or foreign file"),
     ],
 )

@@ -100,9 +100,9 @@ def test_how_runs_end(pill, fitted, tmp_path):
     cut = shutil.copytree(pill, tmp_path / "cut")
     image = cut / "train/good/000.jpg"
     image.write_bytes(image.read_bytes()[:3000])
-    # Three times, as it is a matter of luck: the other images are still worked on, in torch, when
-    # the error comes. To end the interpreter under them would be an abort.
-    cases = [(fit("knn", cut), {"first": LINGER}, 2, "000.jpg: cannot be read as an image")] * 3
+    # Six times, as it is a matter of luck: the other images are still worked on, in torch, when the
+    # error comes. To end the interpreter under them would be an abort.
+    cases = [(fit("knn", cut), {"first": LINGER}, 2, "000.jpg: cannot be read as an image")] * 6
 
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
     save, full = (
@@ -125,18 +125,20 @@ def test_how_runs_end(pill, fitted, tmp_path):
         cases.append((arguments, first, 130, "interrupted: nothing was left half-written"))
 
     # A broken photo, and a picture that cannot be written, do not stop the others.
-    photos = tmp_path / "photos"
-    photos.mkdir()
+    own_folder = tmp_path / f"run{len(cases)}"
+    photos = own_folder / "photos"
+    photos.mkdir(parents=True)
     for name in ("a", "b", "n" * 251):
         Image.open(pill / "test/good/000.jpg").save(photos / f"{name}.jpg")
     (photos / "broken.jpg").write_bytes(b"no image")
     pictures = Path("results/knn/predictions", *photos.parts[1:])
-    in_the_way = tmp_path / f"run{len(cases)}" / pictures / "a.jpg.png"
+    in_the_way = own_folder / pictures / "a.jpg.png"
     in_the_way.mkdir(parents=True)
-    of_photos = [*judge[:-1], photos, "--batch-size", "2"]
+    of_photos = [*judge[:-1], "photos", "--batch-size", "2"]
+    one_by_one = [*judge[:-1], pill, "--batch-size", "1"]
 
     jobs = [{"arguments": arguments} | more for arguments, more, _, _ in cases]
-    jobs += [{"arguments": of_photos}, {"arguments": judge, "first": CLOSED_PIPE}]
+    jobs += [{"arguments": of_photos}, {"arguments": one_by_one, "first": CLOSED_PIPE}]
     *ends, (code, err, folder), closed_pipe = forked(tmp_path, jobs)
     assert (code, err.count("error: ")) == (1, 2)
     assert "broken.jpg: cannot be read" in err
