@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
@@ -103,20 +104,14 @@ def in_threads(function, items, errors: list):
     It waits for its threads whichever way it ends, because an interpreter that ends while they
     still decode would abort.
     """
-
-    def attempt(item):
-        try:
-            return function(item)
-        except UserError as error:
-            return error
-
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(items), 64):  # no more than 64 photos wait at a time
-            for result in pool.map(attempt, items[start : start + 64]):
-                if isinstance(result, UserError):
-                    errors.append(result)
-                else:
-                    yield result
+            started = [pool.submit(function, item) for item in items[start : start + 64]]
+            for future in started:
+                try:
+                    yield future.result()
+                except UserError as error:
+                    errors.append(error)
 
 
 # ------------------------------------------------------------------ 1. dataset
@@ -623,29 +618,25 @@ def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
     for batch in batches:
         if not stores:
             stores = [allocate((count, *part.shape[1:]), scratch) for part in batch]
-        for (tensor, forget), part in zip(stores, batch, strict=True):
-            tensor[end : end + len(part)] = part
-            forget()  # what lies on disk need not stay in memory
+        for store, part in zip(stores, batch, strict=True):
+            store[end : end + len(part)] = part.cpu()
+            with suppress(AttributeError):  # what a file holds need not stay in memory as well
+                store.base.madvise(mmap.MADV_DONTNEED)
         end += len(batch[0])
-    return [tensor for tensor, _ in stores]
+    return [torch.from_numpy(store) for store in stores]
 
 
-def allocate(shape, scratch):
-    """Returns an empty float32 tensor, which lies in memory or in a file without a name, and a
-    function by which what was written to the file leaves the memory; see `collect`."""
+def allocate(shape, scratch) -> np.ndarray:
+    """Returns an empty float32 array, which lies in memory or in a file without a name, see
+    `collect`."""
     size = 4 * math.prod(shape)
     if not goes_to_disk(size, scratch):
-        return torch.empty(shape), lambda: None
+        return np.empty(shape, np.float32)
     note(f"the features, {size / 2**30:.1f} GiB, lie in {scratch} during the fit")
     with tempfile.TemporaryFile(dir=scratch) as file:
         with suppress(AttributeError):  # not every system can reserve the room
             os.posix_fallocate(file.fileno(), 0, size)
-        array = np.memmap(file, np.float32, shape=shape)
-    tensor = torch.from_numpy(array)
-    pages = array.base
-    if hasattr(pages, "madvise"):  # Windows has none
-        return tensor, lambda: pages.madvise(mmap.MADV_DONTNEED)
-    return tensor, lambda: None
+        return np.memmap(file, np.float32, shape=shape)
 
 
 def goes_to_disk(size: int, scratch) -> bool:
@@ -944,13 +935,9 @@ def coreset_duration(rows, size: int) -> float:
     """Estimates how many seconds `coreset_torch` takes. The bounds of all rows against all picks
     take half of them. So they grow with rows x picks, and those of one block are timed here."""
     picks = MemoryBank(rows[:PICKS])
-    durations = []
-    for _ in range(3):
-        start = time.perf_counter()
-        picks.lower_bounds(rows[:ROWS])
-        durations.append(time.perf_counter() - start)
-    blocks = len(rows) / ROWS * size / PICKS
-    return 2 * min(durations) * blocks
+    block = partial(picks.lower_bounds, rows[:ROWS])
+    seconds = min(timeit.repeat(block, number=1, repeat=3))
+    return 2 * seconds * len(rows) / ROWS * size / PICKS
 
 
 def meet(rows, new, count: int, squared, assignment) -> None:
@@ -1085,9 +1072,7 @@ def coreset_cupy(features, size, first) -> Coreset:
     columns = nn.functional.pad(features, (0, -features.shape[1] % 4)).contiguous()
     squared = features.new_full((len(features),), torch.inf)  # to the nearest pick
     assignment = torch.zeros_like(squared, dtype=torch.int32)
-    picks = torch.zeros(
-        size + 1, dtype=torch.int64, device=features.device
-    )  # packed: distance, ~row
+    picks = torch.zeros(size + 1, dtype=torch.int64, device=features.device)  # distance and ~row
     picks[0] = int(first) ^ 0xFFFFFFFF
     blocks = 8 * torch.cuda.get_device_properties(features.device).multi_processor_count
     rows = np.uint32(len(columns))
