@@ -104,14 +104,20 @@ def in_threads(function, items, errors: list):
     It waits for its threads whichever way it ends, because an interpreter that ends while they
     still decode would abort.
     """
+
+    def attempt(item):
+        try:
+            return function(item)
+        except UserError as error:
+            return error
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(items), 64):  # no more than 64 photos wait at a time
-            started = [pool.submit(function, item) for item in items[start : start + 64]]
-            for future in started:
-                try:
-                    yield future.result()
-                except UserError as error:
-                    errors.append(error)
+            for result in pool.map(attempt, items[start : start + 64]):
+                if isinstance(result, UserError):
+                    errors.append(result)
+                else:
+                    yield result
 
 
 # ------------------------------------------------------------------ 1. dataset
