@@ -93,7 +93,7 @@ def fit(
     """Trains on normal images (N, 3, S, S) uint8, but for those held out for the threshold."""
     torch.manual_seed(seed)
     network = build_autoencoder(latent).to(backbone.device, memory_format=torch.channels_last)
-    trained, held_out = common.hold_out(len(images), seed, false_alarm_rate)
+    trained, calibration = common.hold_out(len(images), seed, false_alarm_rate)
     small = [shrink(images[rows], backbone.device) for rows in trained.split(64)]
     targets = torch.cat(small).contiguous(memory_format=torch.channels_last)
 
@@ -113,9 +113,9 @@ def fit(
             raise common.UserError(f"--learning-rate {learning_rate:g}: diverges: lower it")
 
     state = {"latent": latent, "weights": network.cpu().state_dict()}
-    result = detector(state, backbone)(images[held_out])
+    result = detector(state, backbone)(images[calibration])
     figures = {"loss.png": partial(common.draw_losses, losses)}
-    return common.Fitted(state, held_out, result, figures)
+    return common.Fitted(state, calibration, result, figures)
 
 
 def detector(state: dict, backbone):

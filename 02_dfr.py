@@ -84,11 +84,11 @@ def fit(
     images, backbone, layers=LAYERS, steps=1000, learning_rate=3e-3, false_alarm_rate=0.05, seed=0
 ) -> common.Fitted:
     """Trains on normal images (N, 3, S, S) uint8, but for those held out for the threshold."""
-    trained, held_out = common.hold_out(len(images), seed, false_alarm_rate)
+    trained, calibration = common.hold_out(len(images), seed, false_alarm_rate)
     outputs = common.extract(backbone, layers, images[trained], "fit: features")
     batches = ([regional_features(batch).permute(0, 2, 3, 1)] for batch in outputs)
-    (regions,) = common.collect(batches, len(trained), backbone.scratch)  # (n, h, w, C)
-    regions = regions.flatten(0, 2)  # (n * h * w, C)
+    (features,) = common.collect(batches, len(trained), backbone.scratch)  # (n, h, w, C)
+    regions = features.flatten(0, 2)  # (n * h * w, C)
     # differs from the paper: standardization: every channel is brought to mean 0 and about the same
     # variance, lest the few with large values decide alone. A tenth of the mean deviation is added,
     # so that dead channels stay quiet.
@@ -126,9 +126,9 @@ def fit(
     state = {"d": d, "mean": mean, "deviation": deviation, "weights": weights, "layers": layers}
     # differs from the paper: threshold: it comes from the scores of images that were held out; the
     # paper's code takes it from the pixels of the training images' maps.
-    result = detector(state, backbone)(images[held_out])
+    result = detector(state, backbone)(images[calibration])
     figures = {"loss.png": partial(common.draw_losses, losses)}
-    return common.Fitted(state, held_out, result, figures)
+    return common.Fitted(state, calibration, result, figures)
 
 
 def detector(state: dict, backbone):

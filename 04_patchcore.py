@@ -93,9 +93,9 @@ def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> co
     """Builds the memory bank of normal images (N, 3, S, S) uint8 (section 3.2, algorithm 1)."""
     outputs = common.extract(backbone, layers, images, "fit: features")
     batches = (describe(batch, seed) for batch in outputs)
-    features, projected = common.collect(batches, len(images), backbone.scratch)  # (N, h, w, C)
+    features, reduced = common.collect(batches, len(images), backbone.scratch)  # (N, h, w, ...)
     rows = features.flatten(0, 2)  # M: (N * h * w, C)
-    projected = projected.flatten(0, 2).to(backbone.device)  # (N * h * w, 128)
+    projected = reduced.flatten(0, 2).to(backbone.device)  # psi(M): (N * h * w, 128)
     # differs from the paper: size: its code takes the integer part, and this rounds.
     size = max(1, round(coreset * len(rows)))
     if neighbors > size:
@@ -105,8 +105,8 @@ def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> co
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
     picks = cover.picks.cpu()
     bank = rows[picks]  # M_C
-    photos = small_photos(images, room=max(10 * 2**20, bank.nbytes // 5))
-    state = dict(bank=bank, origin=picks, photos=photos, layers=layers, neighbors=neighbors)
+    small = small_images(images, room=max(10 * 2**20, bank.nbytes // 5))
+    state = dict(bank=bank, origin=picks, thumbnails=small, layers=layers, neighbors=neighbors)
 
     calibration = common.shuffled(len(images), seed)[:CALIBRATION].sort().values
     result = leave_one_out(images, features, projected, cover, calibration, state)
@@ -152,8 +152,8 @@ def score_patches(features: torch.Tensor, bank: common.MemoryBank, b: int) -> Sc
     """
     patches = features.flatten(1, 2)  # (B, h * w, C)
     # differs from the paper: distances: its code takes FAISS's squared ones.
-    distances, indices = bank.nearest(patches.flatten(0, 1))  # (B * h * w, 1)
-    distances = distances.view(patches.shape[:2])
+    to_nearest, indices = bank.nearest(patches.flatten(0, 1))  # (B * h * w, 1)
+    distances = to_nearest.view(patches.shape[:2])  # (B, h * w)
     image = torch.arange(len(patches), device=patches.device)
     # Equation 6: m_test is the patch that is farthest from its nearest row m* of the bank.
     s_star, worst = distances.max(dim=1)  # (B,)
@@ -227,8 +227,8 @@ def leave_one_out(images, features, projected, cover, calibration, state) -> com
     origins, serves = [cover.picks], [torch.full_like(cover.picks, -1)]  # -1: the coreset, for all
     for image in calibration.tolist():
         in_hole = (pick_owner[cover.assignment] == image) & (owner != image)
-        bank = coreset.only(pick_owner != image)
-        added = refill(bank, projected, in_hole.nonzero()[:, 0], radius)
+        without_image = coreset.only(pick_owner != image)
+        added = refill(without_image, projected, in_hole.nonzero()[:, 0], radius)
         origins.append(added)
         serves.append(torch.full_like(added, image))
     # One bank holds the coreset and all refills; each image is judged by the rows that serve it.
@@ -264,7 +264,7 @@ def refill(bank, projected, in_hole, radius) -> torch.Tensor:
 # ------------------------------------------------------------------ what is ours: pictures
 
 
-def small_photos(images: torch.Tensor, room: int) -> torch.Tensor:
+def small_images(images: torch.Tensor, room: int) -> torch.Tensor:
     """Shrinks the normal images to (N, 3, side, side) uint8, so that they fit into `room` bytes."""
     side = int((room / (3 * len(images))) ** 0.5)
     return common.thumbnails(images, min(side, images.shape[2])).round().byte()
@@ -277,7 +277,7 @@ def compare(images, scored: Scored, origin, state: dict, i: int) -> list[common.
     stride = 2 ** (int(max(state["layers"])[-1]) + 1)  # of the coarsest layer: 16 if it is layer3
     window = max(48, 3 * stride)  # pixels that f_agg averages over
     photo = int(origin[i]) // grid.numel()
-    small = state["photos"][photo][None].float()
+    small = state["thumbnails"][photo][None].float()
     normal = common.resize(small, images.shape[2:])[0].round().byte()  # (3, S, S)
     left = around(images[i], scored.worst[i], grid, window)
     right = around(normal, origin[i] % grid.numel(), grid, window)

@@ -391,8 +391,8 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
         )
     mode = image_transforms.InterpolationMode["NEAREST" if is_mask else "BILINEAR"]
     size = resize if crop else [resize, resize]
-    image = image_transforms.resize(image, size, mode)
-    square = image_transforms.center_crop(image, crop or resize)
+    resized = image_transforms.resize(image, size, mode)
+    square = image_transforms.center_crop(resized, crop or resize)
     return image_transforms.pil_to_tensor(square)
 
 
@@ -776,12 +776,14 @@ class MemoryBank:
         repeated = number.repeat_interleave(k)
         measured = measure(queries, self.rows, repeated, first_rows.flatten())
         farthest = measured.view(smallest.shape).amax(dim=1)  # (P,)
-        # Measure whatever the bound does not exclude: at least these k rows, and no hidden one.
+        # Do the plain search's first step for the pairs that the bound does not exclude. These are
+        # at least the k rows of each query, and no hidden row.
         limit = torch.maximum(farthest.square(), smallest[:, -1])
         limit = limit.clamp(max=torch.finfo(limit.dtype).max)
         query, row = (bounds <= limit[:, None]).nonzero().unbind(dim=1)  # (pairs,), by query
         distances = measure(queries, self.rows, query, row)
-        # Sort these pairs by distance, and then by query. Of equals the lowest row stays first.
+        # Do its second step: sort by distance, and then by query. Of equals the lowest row stays
+        # first.
         by_distance = distances.argsort(stable=True)
         in_queries = query[by_distance].argsort(stable=True)
         order = by_distance[in_queries]
@@ -1031,7 +1033,7 @@ extern "C" __global__ void keep_best(const float* bounds, int rows, float* best,
 # its inverted number are packed into 64 bits, the distance first. The largest of these numbers is
 # the farthest row, and of equally far ones the lowest.
 CORESET_CUDA = r"""
-extern "C" __global__ void update_and_pick(const float4* features, float* distance, int* nearest,
+extern "C" __global__ void update_and_pick(const float4* features, float* squared, int* assignment,
                                            unsigned long long* picks, unsigned rows,
                                            int quads, int step) {
     __shared__ unsigned long long farthest;
@@ -1043,7 +1045,7 @@ extern "C" __global__ void update_and_pick(const float4* features, float* distan
     const float4* center = features + (size_t)newest * quads;
     unsigned long long best = 0;
     for (unsigned row = warp; row < rows; row += warps) {
-        float sum = 0, before = distance[row];
+        float sum = 0, before = squared[row];
         for (int quad = lane; quad < quads; quad += 32) {
             float4 a = features[(size_t)row * quads + quad], b = center[quad];
             a.x -= b.x, a.y -= b.y, a.z -= b.z, a.w -= b.w;
@@ -1051,7 +1053,7 @@ extern "C" __global__ void update_and_pick(const float4* features, float* distan
         }
         for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
         if (row == newest) sum = -1;  // never again
-        if (lane == 0 && sum < before) { distance[row] = sum; nearest[row] = step; }
+        if (lane == 0 && sum < before) { squared[row] = sum; assignment[row] = step; }
         sum = fminf(sum, before);
         unsigned long long packed = (unsigned long long)__float_as_uint(sum) << 32 | ~row;
         if (sum >= 0 && packed > best) best = packed;
@@ -1216,10 +1218,11 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     if not 0 < max_fpr <= 1:
         raise ValueError(f"max_fpr is {max_fpr}: expected more than 0 and at most 1")
     maps = np.asarray(maps)
-    regions = np.asarray(masks)
-    if regions.dtype == bool:
+    masks = np.asarray(masks)
+    regions = masks
+    if masks.dtype == bool:
         within_images = TOUCHING * [[[0]], [[1]], [[0]]]
-        regions, _ = ndimage.label(regions, within_images)
+        regions, _ = ndimage.label(masks, within_images)
     normal = np.sort(maps[regions == 0])
     defective = maps[regions > 0]
     if len(normal) == 0 or len(defective) == 0:
@@ -1236,7 +1239,7 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     return float(np.average(areas, weights=weights) / max_fpr)
 
 
-def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
+def conformal_quantile(calibration_scores, false_alarm_rate: float) -> float:
     """Returns the threshold that a new normal image exceeds with at most the rate asked, in
     expectation.
 
@@ -1245,9 +1248,9 @@ def conformal_quantile(normal_scores, false_alarm_rate: float) -> float:
     conformal prediction, Lei et al. 2018, section 2.2). If there are too few scores for that rank,
     the largest has to do.
     """
-    count = len(normal_scores)
+    count = len(calibration_scores)
     rank = math.ceil(round((count + 1) * (1 - false_alarm_rate), 6))
-    return float(np.sort(normal_scores)[min(rank, count) - 1])
+    return float(np.sort(calibration_scores)[min(rank, count) - 1])
 
 
 def scores_needed(false_alarm_rate: float) -> int:
@@ -1260,11 +1263,11 @@ def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor
     indices. It holds out a fifth, or as many as the rate needs (19 for 0.05) if those are at most a
     third."""
     order = shuffled(count, seed)
-    held_out = max(1, round(count / 5))
+    size = max(1, round(count / 5))
     needed = scores_needed(false_alarm_rate)
-    if held_out < needed <= count // 3:
-        held_out = needed
-    return order[held_out:].sort().values, order[:held_out].sort().values
+    if size < needed <= count // 3:
+        size = needed
+    return order[size:].sort().values, order[:size].sort().values
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:
@@ -1582,7 +1585,7 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
 # A fitted method becomes a file and is read again. Photos become a CSV on stdout and a picture
 # each. Read `make_model` first, then `predict`; `load_judge` is for Python.
 
-FORMAT = "visual anomaly detection, format 6"
+FORMAT = "visual anomaly detection, format 7"
 
 
 def load_torch_file(option: str, path, expected: str) -> dict:
@@ -1745,7 +1748,7 @@ def files_to_judge(options) -> list[Path]:
     """Finds the photos that --predict names, and those in its folders, but for our own results."""
     results = options.out.parent.resolve()
     files = {}  # its keys: each file stands once
-    for path in options.predict or []:
+    for path in options.predict:
         photos = [path] if path.is_file() else image_files(path, None)
         photos = [photo for photo in photos if results not in photo.resolve().parents]
         if not photos:
@@ -1972,7 +1975,7 @@ def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
     either = group.add_mutually_exclusive_group().add_argument
     either("--save", type=Path, help="write the fitted model")
     either("--load", type=Path, help="use a saved model instead of fitting")
-    add("--predict", type=Path, nargs="+", help="photos to judge: CSV to stdout")
+    add("--predict", type=Path, nargs="+", default=[], help="photos to judge: CSV to stdout")
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
     alarms = "share of normal images that the threshold may report (0.05)"
     add("--false-alarm-rate", type=number(float, 1e-6, 0.5), default=0.05, help=alarms)

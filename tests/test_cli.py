@@ -403,7 +403,7 @@ def truncated(path):
         (lambda path: path.write_text("hello"), "damaged or foreign file"),
         (lambda path: torch.save({"a": 1}, path), "is None, None, expected visual"),
         (lambda path: torch.save([1], path), "damaged or foreign file"),
-        (altered(lambda m: m.update(method="dfr")), "format 6, dfr, expected visual"),
+        (altered(lambda m: m.update(method="dfr")), "format 7, dfr, expected visual"),
         (altered(lambda m: m.update(format="older")), "is older, knn, expected visual"),
         (
             altered(lambda m: m.update(fingerprint="x")),

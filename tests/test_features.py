@@ -158,9 +158,9 @@ def test_images_are_averaged_where_they_shrink(generator):
 
 
 def test_hold_out_is_a_fifth_or_what_the_rate_takes_and_disjoint():
-    trained, held_out = common.hold_out(300, seed=3)
-    assert (len(trained), len(held_out)) == (240, 60)
-    assert sorted([*trained.tolist(), *held_out.tolist()]) == list(range(300))
+    trained, calibration = common.hold_out(300, seed=3)
+    assert (len(trained), len(calibration)) == (240, 60)
+    assert sorted([*trained.tolist(), *calibration.tolist()]) == list(range(300))
     assert [len(part) for part in common.hold_out(60, 0, 0.05)] == [41, 19]
     assert [len(part) for part in common.hold_out(60, 0, 0.10)] == [48, 12]
     assert [len(part) for part in common.hold_out(56, 0, 0.05)] == [45, 11]  # 19 would be too many

@@ -173,13 +173,13 @@ def left_out(scripts, features, size, images, b, monkeypatch):
 
     projected = features.flatten(0, 2)
     cover = common.greedy_coreset(projected, size, with_cover=True)
-    photos = torch.zeros(len(features), 3, 64, 64, dtype=torch.uint8)
+    pixels = torch.zeros(len(features), 3, 64, 64, dtype=torch.uint8)
     state = {"neighbors": b, "layers": ["layer2"]}
-    state["photos"] = photos
+    state["thumbnails"] = pixels
     with monkeypatch.context() as context:
         context.setattr(scripts["patchcore"], "score_patches", spy)
         result = scripts["patchcore"].leave_one_out(
-            photos, features, projected, cover, images, state
+            pixels, features, projected, cover, images, state
         )
     return cover.picks, result, banks
 
@@ -255,9 +255,9 @@ def test_compared_are_the_worst_patch_and_the_photo_of_its_nearest_row(scripts, 
 
 
 def test_the_photos_in_a_model_take_little_room(scripts, images):
-    assert scripts["patchcore"].small_photos(images, 10**9).equal(images)
-    photos = scripts["patchcore"].small_photos(images, 8_000)
-    assert 6_000 < photos.nbytes <= 8_000
+    assert scripts["patchcore"].small_images(images, 10**9).equal(images)
+    small = scripts["patchcore"].small_images(images, 8_000)
+    assert 6_000 < small.nbytes <= 8_000
 
 
 def test_the_autoencoder_trains_on_the_same_batches_whatever_fits_into_memory(scripts, images):
@@ -272,15 +272,15 @@ def test_the_autoencoder_trains_on_the_same_batches_whatever_fits_into_memory(sc
 @pytest.mark.parametrize("method", ["autoencoder", "dfr"])
 def test_held_out_images_are_not_trained_on(scripts, method, images):
     """Whatever the held-out images show, the network that is trained is the same."""
-    _, held_out = common.hold_out(8, 0)
+    _, calibration = common.hold_out(8, 0)
     other = images.clone()
-    other[held_out] = 255 - other[held_out]
+    other[calibration] = 255 - other[calibration]
     backbone = small_backbone(method, batch_size=1)
     fitted = [scripts[method].fit(shown, backbone, steps=5) for shown in (images, other)]
     weights = [one.state["weights"].values() for one in fitted]
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert not torch.equal(fitted[0].result.scores, fitted[1].result.scores)
-    assert torch.equal(fitted[0].calibration, held_out)
+    assert torch.equal(fitted[0].calibration, calibration)
 
 
 def test_constant_features_end_dfr_in_one_line(scripts):
