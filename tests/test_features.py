@@ -224,3 +224,17 @@ def test_collect_fills_one_tensor_and_refuses_what_cannot_fit(
     if Path("/proc/meminfo").exists():
         with pytest.raises(common.UserError, match=r"features of all photos take .* GiB, too much"):
             common.collect(batches, 10**13, tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_features_on_disk_leave_the_memory(monkeypatch, tmp_path):
+    def mapped():  # kB of files that lie in the process's memory
+        status = Path("/proc/self/status").read_text()
+        return sum(int(status.split(name)[1].split()[0]) for name in ("RssFile:", "RssShmem:"))
+
+    monkeypatch.setattr(common, "DISK_FROM", 0)
+    batches = ([torch.full((1000, 1000), float(i))] for i in range(16))
+    before = mapped()
+    (features,) = common.collect(batches, 16_000, tmp_path)  # 64 MB
+    assert mapped() - before < 8_000
+    assert features[::1000, 0].tolist() == list(range(16))
