@@ -672,7 +672,7 @@ def free_memory() -> float:
 # `plain_nearest_neighbors` first, then `MemoryBank`, which finds the same and measures few rows.
 
 NUM_AXES = 128  # m of `MemoryBank`
-ROWS = 2048  # so many rows are prepared, or meet new picks, at a time
+ROWS = 2048  # so many rows are prepared at a time
 BOUNDS = 2**22  # so many bounds are held at a time: they take 16 MiB
 MARGIN = 8 * torch.finfo(torch.float32).eps  # see `MemoryBank`
 
@@ -849,6 +849,7 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
 
 FRONTIER = 512  # so many rows are put aside at most
 PICKS = 256  # so many of them are picked at most
+BLOCK = 8192  # so many rows meet the new picks at a time
 
 
 def plain_greedy_coreset(features, size: int, first: int) -> list[int]:
@@ -943,9 +944,9 @@ def coreset_duration(rows, size: int) -> float:
     """Estimates how many seconds `coreset_torch` takes. The bounds of all rows against all picks
     take half of them. So they grow with rows x picks, and those of one block are timed here."""
     picks = MemoryBank(rows[:PICKS])
-    block = partial(picks.lower_bounds, rows[:ROWS])
+    block = partial(picks.lower_bounds, rows[:BLOCK])
     seconds = min(timeit.repeat(block, number=1, repeat=3))
-    return 2 * seconds * len(rows) / ROWS * size / PICKS
+    return 2 * seconds * len(rows) / BLOCK * size / PICKS
 
 
 def meet(rows, new, count: int, squared, assignment) -> None:
@@ -957,8 +958,8 @@ def meet(rows, new, count: int, squared, assignment) -> None:
     """
     picks = MemoryBank(rows[new])
     vectors = picks.rows.double()
-    for start in range(0, len(rows), ROWS):
-        bounds = picks.lower_bounds(rows[start : start + ROWS])  # (n, len(new))
+    for start in range(0, len(rows), BLOCK):
+        bounds = picks.lower_bounds(rows[start : start + BLOCK])  # (n, len(new))
         open_rows = torch.arange(start, start + len(bounds), device=rows.device)
         while len(open_rows):
             bound, pick = bounds.min(dim=1)
