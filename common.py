@@ -731,9 +731,8 @@ class MemoryBank:
         self.center = sample.mean(dim=0)  # (D,)
         self.axes = useful_axes(sample, self.center)  # (D, m)
         parts = [shorten(part - self.center, self.axes) for part in self.rows.split(ROWS)]
-        columns = torch.cat(parts)
-        self.short = columns[:, :-1]  # f(b)
-        self.squared = columns[:, -1].contiguous()  # |b|^2, lowered
+        self.short = torch.cat([short for short, _ in parts])  # f(b): (N, m + 1)
+        self.squared = torch.cat([squared for _, squared in parts])  # |b|^2, lowered: (N,)
 
     def only(self, keep: torch.Tensor) -> "MemoryBank":
         """Returns the bank of the rows where `keep`, (N,) bool, is True. It copies no row."""
@@ -743,9 +742,9 @@ class MemoryBank:
 
     def lower_bounds(self, queries: torch.Tensor) -> torch.Tensor:
         """Returns for queries (P, D) what no squared distance is below, (P, N), by one product."""
-        columns = shorten(queries - self.center, self.axes)
-        bounds = self.squared + columns[:, -1:]  # |f(q)|^2 + |f(b)|^2, lowered
-        return bounds.addmm_(columns[:, :-1], self.short.T, alpha=-2)
+        short, squared = shorten(queries - self.center, self.axes)
+        bounds = squared[:, None] + self.squared  # |f(q)|^2 + |f(b)|^2, lowered
+        return bounds.addmm_(short, self.short.T, alpha=-2)
 
     def nearest(self, queries: torch.Tensor, k=1):
         """Returns what `nearest_neighbors` returns. The indices count all rows."""
@@ -802,7 +801,7 @@ def useful_axes(sample: torch.Tensor, center: torch.Tensor):
     centered = sample - center
     _, _, axes = torch.pca_lowrank(centered.cpu(), NUM_AXES, center=False)
     axes = axes.to(sample.device)
-    short = shorten(centered, axes)[:, :-1]
+    short, _ = shorten(centered, axes)
     distances = torch.cdist(centered[::32], centered[1::2])
     bounds = torch.cdist(short[::32], short[1::2])
     left = bounds <= distances.amin(dim=1, keepdim=True)
@@ -810,16 +809,15 @@ def useful_axes(sample: torch.Tensor, center: torch.Tensor):
 
 
 def shorten(x: torch.Tensor, axes):
-    """Returns f(x) and in one more column |x|^2, lowered for rounding, (n, m + 2). x counts from
-    the center."""
+    """Returns f(x), (n, m + 1), and |x|^2, (n,), lowered for rounding. x counts from the center."""
     margin = MARGIN * x.shape[1] ** 0.5
-    squared = (1 - margin) * vector_norm(x, dim=1, keepdim=True).square()
+    squared = (1 - margin) * vector_norm(x, dim=1).square()
     if axes is None:
-        return torch.cat([x, squared], dim=1)
+        return x, squared
     along = x @ axes  # Px
     rest = x - along @ axes.T
     left_out = vector_norm(rest, dim=1, keepdim=True)  # r(x)
-    return torch.cat([along, left_out, squared], dim=1)
+    return torch.cat([along, left_out], dim=1), squared
 
 
 def measure(queries, rows, query, row):
@@ -986,10 +984,10 @@ def farthest_rows(rows, squared, wanted: int):
     vectors = rows[frontier].double()
     picks = []
     while len(picks) < min(PICKS, wanted):  # algorithm 1, lines 2 to 4, on the frontier alone
-        radius, pick = inside.max(dim=0)
-        if radius <= outside:
+        pick = int(inside.argmax())
+        if inside[pick] <= outside:
             break
-        picks.append(int(pick))
+        picks.append(pick)
         to_pick = (vectors - vectors[pick]).square_().sum(dim=1)
         inside = torch.minimum(inside, to_pick)
         inside[pick] = -1.0
