@@ -823,12 +823,12 @@ def shorten(x: torch.Tensor, axes):
 def measure(queries, rows, query, row):
     """Measures |queries[query] - rows[row]| for pairs, (pairs,) float32, by their differences."""
     step = 256 if queries.device.type == "cpu" else 2**16  # what stays in the processor's cache
-    distances = queries.new_empty(row.shape)
-    for pairs in row.argsort().split(step):  # pairs of one row are measured together
-        difference = rows.index_select(0, row[pairs])
-        difference -= queries.index_select(0, query[pairs])
-        distances[pairs] = vector_norm(difference, dim=1)
-    return distances
+    distances = []
+    for part_query, part_row in zip(query.split(step), row.split(step), strict=True):
+        difference = rows.index_select(0, part_row)
+        difference -= queries.index_select(0, part_query)
+        distances.append(vector_norm(difference, dim=1))
+    return torch.cat(distances)
 
 
 def check_rows(name: str, matrix: torch.Tensor) -> None:
