@@ -939,8 +939,8 @@ def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
 
 
 def coreset_duration(rows, size: int) -> float:
-    """Estimates how many seconds `coreset_torch` takes. The bounds of all rows against all picks
-    take about half of them. So they grow with rows x picks, and those of one block are timed here."""
+    """Estimates how many seconds `coreset_torch` takes. The bounds take about half of them, which
+    grow with rows x picks. Those of one block are timed here."""
     picks = MemoryBank(rows[:PICKS])
     block = partial(picks.lower_bounds, rows[:BLOCK])
     seconds = min(timeit.repeat(block, number=1, repeat=3))
