@@ -92,8 +92,8 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
 def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> common.Fitted:
     """Builds the memory bank of normal images (N, 3, S, S) uint8 (section 3.2, algorithm 1)."""
     outputs = common.extract(backbone, layers, images, "fit: features")
-    batches = (describe(batch, seed) for batch in outputs)
-    features, reduced = common.collect(batches, len(images), backbone.scratch)  # (N, h, w, ...)
+    batches = (describe(batch, seed) for batch in outputs)  # (B, h, w, C) and (B, h, w, 128) each
+    features, reduced = common.collect(batches, len(images), backbone.scratch)  # of all N images
     rows = features.flatten(0, 2)  # M: (N * h * w, C)
     projected = reduced.flatten(0, 2).to(backbone.device)  # psi(M): (N * h * w, 128)
     # differs from the paper: size: its code takes the integer part, and this rounds.

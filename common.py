@@ -626,15 +626,16 @@ def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
             stores = [allocate((count, *part.shape[1:]), scratch) for part in batch]
         for store, part in zip(stores, batch, strict=True):
             store[end : end + len(part)] = part.cpu()
-            with suppress(AttributeError):  # what a file holds need not stay in memory as well
+            # What a file holds need not stay in memory as well. Only the array of a file has this
+            # method, and not on Windows.
+            with suppress(AttributeError):
                 store.base.madvise(mmap.MADV_DONTNEED)
         end += len(batch[0])
     return [torch.from_numpy(store) for store in stores]
 
 
 def allocate(shape, scratch) -> np.ndarray:
-    """Returns an empty float32 array, which lies in memory or in a file without a name, see
-    `collect`."""
+    """Returns an empty float32 array, in memory or in a file without a name; see `collect`."""
     size = 4 * math.prod(shape)
     if not goes_to_disk(size, scratch):
         return np.empty(shape, np.float32)
@@ -781,8 +782,8 @@ class MemoryBank:
         limit = limit.clamp(max=torch.finfo(limit.dtype).max)
         query, row = (bounds <= limit[:, None]).nonzero().unbind(dim=1)  # (pairs,), by query
         distances = measure(queries, self.rows, query, row)
-        # Do its second step: sort by distance, and then by query. Of equals the lowest row stays
-        # first.
+        # Do the plain search's second step: sort by distance, and then by query. Of equals the
+        # lowest row stays first.
         by_distance = distances.argsort(stable=True)
         in_queries = query[by_distance].argsort(stable=True)
         order = by_distance[in_queries]
@@ -939,8 +940,8 @@ def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
 
 
 def coreset_duration(rows, size: int) -> float:
-    """Estimates how many seconds `coreset_torch` takes. The bounds take about half of them, which
-    grow with rows x picks. Those of one block are timed here."""
+    """Estimates how many seconds `coreset_torch` takes. About half of that time goes into bounds.
+    There are rows x picks of them, and those of one block are timed here."""
     picks = MemoryBank(rows[:PICKS])
     block = partial(picks.lower_bounds, rows[:BLOCK])
     seconds = min(timeit.repeat(block, number=1, repeat=3))

@@ -409,7 +409,6 @@ from anomalib.engine import Engine
 from anomalib.models import Patchcore
 from anomalib.pre_processing import PreProcessor
 from pathlib import Path
-from unittest import mock
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 root, out = Path({data!r}), {out!r}
