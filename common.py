@@ -1,6 +1,6 @@
 """What the four scripts share: a book of nine chapters, in the order the data flows.
 
-0. words to the user, threads
+0. words, errors, files
 1. dataset   2. a backbone and its features   3. nearest neighbors   4. greedy coreset
 5. both once more on an NVIDIA GPU   6. metrics and thresholds
 ---- the science ends here ----
@@ -10,8 +10,8 @@ Chapters 3 and 4 are the heart of PatchCore: exact search and k-center greedy, w
 Chapters 1 to 6 take arguments and return values. Use them in a notebook as they are.
 """
 
-# ------------------------------------------------------------------ 0. words to the user, threads
-# This chapter is about how a run speaks to its user, and how it uses several threads. Begin with
+# ------------------------------------------------------------------ 0. words, errors, files
+# This chapter is about how a run speaks to its user, and how it reads and writes files. Begin with
 # chapter 1, and come back when a name of this chapter turns up.
 
 import argparse
@@ -29,6 +29,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import timeit
@@ -75,6 +76,19 @@ class UserError(ValueError):
     """Something the user can mend. `main` prints it as one line on stderr and exits with 2."""
 
 
+@contextmanager
+def explained(subject, advice: str, kinds=Exception):
+    """Turns an exception inside the block into a UserError: the subject, the reason, the advice."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except kinds as error:
+        of_system = [getattr(e, "strerror", None) for e in (error, error.__context__)]
+        reason = of_system[0] or of_system[1] or str(error)
+        raise UserError(f"{subject}: {textwrap.shorten(reason, 300)}: {advice}") from None
+
+
 def note(text: str) -> None:
     """Prints a line on stderr, above a progress bar."""
     tqdm.write(text, file=sys.stderr)
@@ -87,19 +101,13 @@ def note_names(text: str, names) -> None:
         note(f"{len(names)} {text}: {first}")
 
 
-def note_remarks(remarks: dict[str, list]) -> None:
-    """Prints each remark with the names it is about."""
-    for text, names in remarks.items():
-        note_names(text, names)
-
-
 def progress(iterable=None, description="", **settings):
     """Returns a tqdm bar on stderr, which is not drawn where stderr is not a terminal."""
     return tqdm(iterable, description, disable=None, leave=False, dynamic_ncols=True, **settings)
 
 
-def in_threads(function, items, errors: list):
-    """Yields function(item) for each item, in order. A UserError is put into `errors` instead.
+def in_threads(function, items, refuse: Callable):
+    """Yields function(item) for each item, in order. A UserError is passed to `refuse` instead.
 
     It waits for its threads whichever way it ends, because an interpreter that ends while they
     still decode would abort.
@@ -115,9 +123,33 @@ def in_threads(function, items, errors: list):
         for start in range(0, len(items), 64):  # no more than 64 photos wait at a time
             for result in pool.map(attempt, items[start : start + 64]):
                 if isinstance(result, UserError):
-                    errors.append(result)
+                    refuse(result)
                 else:
                     yield result
+
+
+@contextmanager
+def atomic(path: Path):
+    """Yields a temporary path that becomes `path` on success, so that nobody sees half a file. If
+    nothing is written to it, this only tells whether `path` could be written.
+
+    Links are followed, and an existing file's mode stays. What is no regular file, such as
+    /dev/null, is written to.
+    """
+    target = path.resolve()
+    kinds = (OSError, RuntimeError)  # torch.save raises the second one over the first
+    with explained(f"{path}: cannot be written", "see --out and --save", kinds):
+        if target.exists() and not target.is_file():
+            yield target
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as folder:
+            unfinished = Path(folder, "unfinished")
+            yield unfinished
+            if unfinished.exists():
+                if target.exists():
+                    shutil.copymode(target, unfinished)
+                os.replace(unfinished, target)
 
 
 # ------------------------------------------------------------------ 1. dataset
@@ -225,7 +257,7 @@ def load_split(paths: list[Path], resize, crop, bits, errors: list, remarks: dic
         return image, load_regions(path, photo.size, masks, resize, crop, remarks)
 
     region_count = 0
-    all_loaded = progress(in_threads(load, paths, errors), "decode", total=len(paths))
+    all_loaded = progress(in_threads(load, paths, errors.append), "decode", total=len(paths))
     for i, (image, own_regions) in enumerate(all_loaded):
         images[i] = image
         if own_regions is not None:
@@ -286,6 +318,12 @@ def load_regions(path: Path, size, masks: dict, resize: int, crop: int, remarks:
     return seen
 
 
+def note_remarks(remarks: dict[str, list]) -> None:
+    """Prints each remark with the names it is about."""
+    for text, names in remarks.items():
+        note_names(text, names)
+
+
 def orientation(path: Path) -> int:
     """Returns the EXIF orientation of a file, from 1, which is upright, to 8."""
     with suppress(Exception), Image.open(path) as image:
@@ -312,7 +350,8 @@ def read_image(source, bits=16) -> Image.Image:
     8 of those are read. A transparent photo is put on white, unless all of it is transparent.
     """
     is_array = isinstance(source, np.ndarray)
-    with readable(f"array of shape {source.shape}" if is_array else source):
+    name = f"array of shape {source.shape}" if is_array else source
+    with explained(f"{name}: cannot be read as an image", "replace it"):
         image = shallow_image(source, bits) if is_array else open_upright(source)
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
             image = shallow_image(np.asarray(image), bits)
@@ -336,7 +375,7 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
 
 def read_mask(path: Path) -> np.ndarray:
     """Reads a mask as (H, W) numbers, which are 0 where it marks nothing. May raise UserError."""
-    with readable(path):
+    with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
         if image.mode[0] in "IF":
             return np.asarray(image)
@@ -362,17 +401,6 @@ def defect_regions(gray: np.ndarray) -> tuple[np.ndarray, int]:
     peak = peaks[region]  # (H, W)
     strong = (gray > 0) & (gray >= peak / 2)
     return ndimage.label(strong & (peak >= gray.max() / 8), TOUCHING)
-
-
-@contextmanager
-def readable(name):
-    """Turns whatever a decoder raises on a damaged file into a UserError that names the file."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"{name}: cannot be read as an image ({error}): replace it") from None
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
@@ -1705,7 +1733,7 @@ def predict(run: Run, files: list[Path], detect) -> None:
     writer.writerow(["path", "score", "predicted", "x", "y"])
     for start in progress(range(0, len(files), options.batch_size), "predict"):
         errors = []
-        photos = list(in_threads(load, files[start : start + options.batch_size], errors))
+        photos = list(in_threads(load, files[start : start + options.batch_size], errors.append))
         if photos:
             result = detect(torch.stack([image for _, _, image in photos]))
         for i, (path, size, image) in enumerate(photos):
@@ -1784,25 +1812,6 @@ def short_name(path: Path) -> str:
     """Returns a photo's name in pictures, which is that of its folder and its own, the last 28
     letters of it."""
     return drawable(f"{path.parent.name}/{path.name}")[-28:]
-
-
-@contextmanager
-def atomic(path: Path):
-    """Yields a temporary path that becomes `path` on success, so that nobody sees half a file. If
-    nothing is written to it, this only tells whether `path` could be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            unfinished = Path(folder, "unfinished")
-            yield unfinished
-            if unfinished.exists():
-                os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises over the OSError that it got
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        reason = cause.strerror or cause
-        raise UserError(f"{path}: cannot be written ({reason}): see --out and --save") from None
 
 
 # ------------------------------------------------------------------ 9. the command line
