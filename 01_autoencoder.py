@@ -87,8 +87,9 @@ def jitter(images: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
+@common.undisturbed()
 def fit(
-    images, backbone, latent=64, steps=1500, learning_rate=2e-3, false_alarm_rate=0.05, seed=0
+    images, backbone, *, latent=64, steps=1500, learning_rate=2e-3, false_alarm_rate=0.05, seed=0
 ) -> common.Fitted:
     """Trains on normal images (N, 3, S, S) uint8, but for those held out for the threshold."""
     torch.manual_seed(seed)
@@ -118,6 +119,7 @@ def fit(
     return common.Fitted(state, calibration, result, figures)
 
 
+@common.undisturbed()
 def detector(state: dict, backbone):
     """Returns the function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
     network = build_autoencoder(state["latent"]).eval()
@@ -126,6 +128,7 @@ def detector(state: dict, backbone):
     return partial(score, network, backbone.device)
 
 
+@common.exact()
 @torch.no_grad()
 def score(network, device, images: torch.Tensor) -> common.Result:
     """Computes scores (N,), anomaly maps (N, S, S) and reconstructions of images (N, 3, S, S)."""
@@ -145,7 +148,7 @@ def score(network, device, images: torch.Tensor) -> common.Result:
     scores = grids.mean(dim=(1, 2))
     reconstructions = torch.cat(drawings)  # (N, 3, 64, 64)
     return common.Result(
-        scores, maps, lambda i: [common.Cell("reconstruction", reconstructions[i])]
+        scores, maps, lambda i, image: [common.Cell("reconstruction", reconstructions[i])]
     )
 
 

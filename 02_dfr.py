@@ -80,8 +80,16 @@ def layer(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU())
 
 
+@common.undisturbed()
 def fit(
-    images, backbone, layers=LAYERS, steps=1000, learning_rate=3e-3, false_alarm_rate=0.05, seed=0
+    images,
+    backbone,
+    *,
+    layers=LAYERS,
+    steps=1000,
+    learning_rate=3e-3,
+    false_alarm_rate=0.05,
+    seed=0,
 ) -> common.Fitted:
     """Trains on normal images (N, 3, S, S) uint8, but for those held out for the threshold."""
     trained, calibration = common.hold_out(len(images), seed, false_alarm_rate)
@@ -131,6 +139,7 @@ def fit(
     return common.Fitted(state, calibration, result, figures)
 
 
+@common.undisturbed()
 def detector(state: dict, backbone):
     """Returns the function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
     network = build_autoencoder(len(state["mean"]), state["d"]).eval()
@@ -138,6 +147,7 @@ def detector(state: dict, backbone):
     return partial(score, state, backbone, network.to(backbone.device))
 
 
+@common.exact()
 @torch.no_grad()
 def score(state: dict, backbone, network, images: torch.Tensor) -> common.Result:
     """Computes scores (N,) and anomaly maps (N, S, S) of images (N, 3, S, S) uint8."""
@@ -152,7 +162,7 @@ def score(state: dict, backbone, network, images: torch.Tensor) -> common.Result
     # differs from the paper: map and score: the map is blurred like the other methods' maps, so
     # that they compare, and the score is the highest value of this blurred map.
     maps = common.to_maps(torch.cat(errors), images.shape[2])
-    return common.Result(maps.amax(dim=(1, 2)), maps, lambda i: [])
+    return common.Result(maps.amax(dim=(1, 2)), maps, lambda i, image: [])
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def embed(images: torch.Tensor, backbone, description: str) -> torch.Tensor:
     return torch.cat(averages)
 
 
-def fit(images, backbone, neighbors=5) -> common.Fitted:
+@common.undisturbed()
+def fit(images, backbone, *, neighbors=5) -> common.Fitted:
     """Builds the memory bank of normal images (N, 3, S, S) uint8, with one row per image."""
     bank = embed(images, backbone, "fit: features")  # (N, C)
     if neighbors >= len(bank):
@@ -67,7 +68,7 @@ def average(distances: torch.Tensor, indices: torch.Tensor, state: dict) -> comm
     return common.Result(scores, None, nearest)
 
 
-def nearest_images(distances, indices, thumbnails, i: int) -> list[common.Cell]:
+def nearest_images(distances, indices, thumbnails, i: int, image) -> list[common.Cell]:
     """Shows the up to three nearest normal images of image i."""
     cells = []
     for rank, photo in enumerate(indices[i, :3].tolist()):
@@ -77,6 +78,7 @@ def nearest_images(distances, indices, thumbnails, i: int) -> list[common.Cell]:
     return cells
 
 
+@common.exact()
 def score(state: dict, backbone, bank, images: torch.Tensor) -> common.Result:
     """Scores images (N, 3, S, S) uint8. There are no maps, as an image is one vector."""
     queries = embed(images, backbone, "score")
@@ -84,6 +86,7 @@ def score(state: dict, backbone, bank, images: torch.Tensor) -> common.Result:
     return average(distances, indices, state)
 
 
+@common.undisturbed()
 def detector(state: dict, backbone):
     """Returns the function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
     bank = common.MemoryBank(state["bank"].to(backbone.device))

