@@ -40,7 +40,7 @@ It may miss normal parts in the wrong place or number, because a patch knows no 
 does not see what ImageNet's features do not, such as a slight change of shade.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import common
@@ -54,7 +54,7 @@ from torchvision.transforms.functional import crop
 from torchvision.utils import draw_bounding_boxes
 
 LAYERS = ["layer2", "layer3"]
-CALIBRATION = 100  # normal images that set the threshold; each takes as long as a test image
+CALIBRATION = 100  # normal images that set the threshold, or more if the rate needs them
 
 
 def add_options(add):
@@ -90,8 +90,12 @@ def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
 # differs from the paper: backbone: ResNet50 by default, not WideResNet50, for time and memory. The
 # paper tries 1 %, 10 % and 25 % for the coreset, and leaves b open.
 @common.undisturbed()
-def fit(images, backbone, *, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) -> common.Fitted:
+def fit(
+    images, backbone, *, coreset=0.1, neighbors=9, layers=LAYERS, false_alarm_rate=0.05, seed=0
+) -> common.Fitted:
     """Builds the memory bank of normal images (N, 3, S, S) uint8 (section 3.2, algorithm 1)."""
+    if len(images) >= 2000 and coreset > 0.01:
+        common.note("with --coreset 0.01 the coreset takes about a tenth of the time")
     outputs = common.extract(backbone, layers, images, "fit: features")
     batches = (describe(batch, seed) for batch in outputs)  # (B, h, w, C) and (B, h, w, 128) each
     features, reduced = common.collect(batches, len(images), backbone.scratch)  # of all N images
@@ -104,16 +108,19 @@ def fit(images, backbone, *, coreset=0.1, neighbors=9, layers=LAYERS, seed=0) ->
     # differs from the paper: start: its code first picks the row that is farthest from ten random
     # rows on average. Here the first pick is drawn from the seed.
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
-    picks = cover.picks.cpu()
-    bank = rows[picks]  # M_C
+    picks = cover[0]
+    bank = rows[picks.to(rows.device)].cpu()  # M_C
     small = small_images(images, room=max(10 * 2**20, bank.nbytes // 5))
-    state = dict(bank=bank, origin=picks, thumbnails=small, layers=layers, neighbors=neighbors)
+    state = dict(
+        bank=bank, origin=picks.cpu(), thumbnails=small, layers=layers, neighbors=neighbors
+    )
 
-    calibration = common.shuffled(len(images), seed)[:CALIBRATION].sort().values
+    count = max(CALIBRATION, common.scores_needed(false_alarm_rate))
+    calibration = common.shuffled(len(images), seed)[:count].sort().values
     result = leave_one_out(images, features, projected, cover, calibration, state)
     sample = common.shuffled(len(rows), seed)[:20000].to(projected.device)
     cloud = projected[sample].cpu()
-    figure = partial(draw_coreset, cloud, projected[cover.picks].cpu(), len(rows))
+    figure = partial(draw_coreset, cloud, projected[picks].cpu(), len(rows))
     return common.Fitted(state, calibration, result, {"coreset.png": figure})
 
 
@@ -129,11 +136,17 @@ def project(features: torch.Tensor, seed: int) -> torch.Tensor:
     and Lindenstrauss)."""
     if features.shape[-1] <= 128:
         return features
+    return features @ random_directions(features.shape[-1], seed).to(features)
+
+
+@cache
+def random_directions(columns: int, seed: int) -> torch.Tensor:
+    """Draws the matrix of psi, (C, 128) float32."""
     # differs from the paper: projection: its code takes a linear layer as torch initializes it, so
     # uniform numbers and not Gaussian ones.
     projection = GaussianRandomProjection(128, random_state=seed)
-    matrix = projection.fit(np.zeros((1, features.shape[-1]), np.float32)).components_
-    return features @ torch.from_numpy(matrix.T).to(features)  # matrix: (128, C)
+    matrix = projection.fit(np.zeros((1, columns), np.float32)).components_  # (128, C)
+    return torch.from_numpy(matrix.T)
 
 
 class Scored(NamedTuple):
@@ -172,9 +185,7 @@ def score_patches(features: torch.Tensor, bank: common.MemoryBank, b: int) -> Sc
         to_neighborhood = torch.linalg.vector_norm(m_test[:, None] - neighborhood, dim=2)  # (B, b)
         # softmax is exp(|m_test - m*|) / sum of exp(|m_test - m|), and cannot overflow.
         weight = 1 - to_neighborhood.softmax(dim=1)[:, 0]  # (B,)
-    s = weight * s_star
-    grid = distances.view(features.shape[:3])
-    return Scored(s.cpu(), grid.cpu(), s_star.cpu(), worst.cpu(), nearest.cpu())
+    return Scored(weight * s_star, distances.view(features.shape[:3]), s_star, worst, nearest)
 
 
 @common.undisturbed()
@@ -194,10 +205,11 @@ def detector(state: dict, backbone):
 def result_of(images, batches: list[Scored], origin: torch.Tensor, state: dict) -> common.Result:
     """Puts together the scores, the maps and the tiles of images. `origin` says which row of M each
     row of the bank is."""
-    scored = Scored(*map(torch.cat, zip(*batches, strict=True)))
-    maps = common.to_maps(scored.distances, images.shape[2])
+    joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    maps = common.to_maps(joined[1], images.shape[2])
+    scored = Scored(*[part.cpu() for part in joined])
     compared = partial(compare, scored, origin[scored.nearest], state)
-    return common.Result(scored.s, maps, compared)
+    return common.Result(scored.s, maps.cpu(), compared)
 
 
 # ------------------------------------------------------------------ what is ours: the threshold
@@ -218,48 +230,51 @@ def leave_one_out(images, features, projected, cover, calibration, state) -> com
     without the image. No theorem says that a new image scores alike: the README has what was
     measured.
 
-    The features are (N, h, w, C), `projected` is (N * h * w, 128), and the cover is that of
-    `greedy_coreset`. Returns the result of the images whose numbers are in `calibration`, (n,).
+    The features are (N, h, w, C), `projected` is (N * h * w, 128), and the cover is what
+    `greedy_coreset` returns. Returns the result of the images that `calibration`, (n,), numbers.
     """
+    picks, assignment, to_pick = cover
     rows = features.flatten(0, 2)
     patches = features.shape[1] * features.shape[2]  # of an image
     owner = torch.arange(len(rows), device=projected.device) // patches  # (N * h * w,) the image
-    pick_owner = owner[cover.picks]  # (size,)
-    radius = cover.distances.max()
-    coreset = common.MemoryBank(projected[cover.picks])
-    origins, serves = [cover.picks], [torch.full_like(cover.picks, -1)]  # -1: the coreset, for all
+    pick_owner = owner[picks]  # (size,)
+    own_picks = torch.bincount(pick_owner, minlength=len(features)).tolist()  # of each image
+    coreset = common.MemoryBank(projected[picks])
+    origins = [picks]
+    serves = [torch.full_like(picks, -1)]  # -1: the coreset serves all images
+    served_by = []  # how many rows serve each image
     for image in calibration.tolist():
-        in_hole = (pick_owner[cover.assignment] == image) & (owner != image)
-        without_image = coreset.only(pick_owner != image)
-        added = refill(without_image, projected, in_hole.nonzero()[:, 0], radius)
+        in_hole = (pick_owner[assignment] == image) & (owner != image)
+        hole = in_hole.nonzero()[:, 0]
+        vectors = projected[hole]  # (n, 128)
+        distances = torch.full_like(vectors[:, 0], torch.inf)
+        if own_picks[image] < len(picks):  # else the bank is empty without the image
+            distances = coreset.only(pick_owner != image).nearest(vectors)[0][:, 0]
+        added = hole[refill(vectors, distances, to_pick.max())]
         origins.append(added)
         serves.append(torch.full_like(added, image))
+        served_by.append(len(picks) - own_picks[image] + len(added))
     # One bank holds the coreset and all refills; each image is judged by the rows that serve it.
     origin = torch.cat(origins)  # of which row of M each row is
     served = torch.cat(serves)
-    bank = common.MemoryBank(rows[origin.cpu()].to(projected.device))
+    bank = common.MemoryBank(rows[origin.to(rows.device)].to(projected.device))
     batches = []
-    for image in common.progress(calibration.tolist(), "fit: judge images as if new"):
+    judged = zip(calibration.tolist(), served_by, strict=True)
+    for image, count in common.progress(list(judged), "fit: judge images as if new"):
         keep = (owner[origin] != image) & ((served == -1) | (served == image))
-        b = min(state["neighbors"], int(keep.sum()))
         new = features[image : image + 1].to(projected.device)
-        batches.append(score_patches(new, bank.only(keep), b))
+        batches.append(score_patches(new, bank.only(keep), min(state["neighbors"], count)))
     return result_of(images[calibration], batches, origin.cpu(), state)
 
 
-def refill(bank, projected, in_hole, radius) -> torch.Tensor:
-    """Finds which of the rows `in_hole`, (n,), to add to a bank, the farthest first, until none of
-    them is farther from it than `radius`."""
-    added = in_hole[:0]
-    if len(in_hole) == 0:
-        return added
-    distances = torch.full(in_hole.shape, torch.inf, device=in_hole.device)
-    if bank.squared.isfinite().any():  # the bank is not empty without the image
-        distances = bank.nearest(projected[in_hole])[0][:, 0]
-    while distances.max() > radius:
-        farthest = in_hole[distances.argmax()]
-        added = torch.cat([added, farthest[None]])
-        to_added = torch.linalg.vector_norm(projected[in_hole] - projected[farthest], dim=1)
+def refill(vectors, distances, radius) -> list[int]:
+    """Finds which vectors, (n, 128), to add to a bank that is `distances`, (n,), from them, the
+    farthest first, until none of them is farther from it than `radius`. Returns their numbers."""
+    added = []
+    while len(vectors) and distances.max() > radius:
+        farthest = int(distances.argmax())
+        added.append(farthest)
+        to_added = torch.linalg.vector_norm(vectors - vectors[farthest], dim=1)
         distances = torch.minimum(distances, to_added)
     return added
 

@@ -635,7 +635,7 @@ def fill_in(network: nn.Module, content: dict, source: str, name: str) -> None:
     """
     tensors = tensors_of(content)
     own = shapes_of(network.state_dict(), "")
-    first = min(own)
+    first = next(iter(own))
     prefixes = [key.removesuffix(first) for key in tensors if key.endswith(first)] or [""]
     misfits = {}
     for prefix in prefixes:
@@ -1990,8 +1990,7 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     if options.data:
         train, test = load_data(options.data, options.resize, options.crop, options.bits, not model)
 
-    failed = False
-    fitted = None
+    fitted = failure = None
     if not model:
         if options.save:
             check_room(options, backbone, len(train.paths))
@@ -2005,9 +2004,8 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
         if options.save:
             try:
                 save_model(model, options.save)
-            except UserError as error:  # the report is not lost for that
-                note(f"error: {error}")
-                failed = True
+            except UserError as error:  # the report comes all the same
+                failure = error
     threshold, map_range = thresholds(model, options.false_alarm_rate)
     source = (options.data or options.load).resolve().name
     title = f"{method} on {source}, {model['weights']}"
@@ -2022,8 +2020,10 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     elif options.data and not options.save and not options.predict:
         note(f"{options.data}/test holds no image to evaluate on")
     broken = predict(run, files, detect) if files else 0
-    if failed or broken:
-        sys.exit(2 if failed else 1)
+    if failure:
+        raise failure
+    if broken:
+        sys.exit(1)
 
 
 def check_room(options, backbone, photo_count: int) -> None:

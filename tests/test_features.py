@@ -79,7 +79,7 @@ def damaged(change):
     ("content", "message"),
     [
         (damaged(lambda s: s.pop("bn1.bias")), "1 tensors are missing, unknown or of another"),
-        (damaged(lambda s: s.update(extra=torch.ones(1))), "another shape, extra for one"),
+        (damaged(lambda s: s.update({"layer1.2.bias": torch.ones(1)})), "layer1.2.bias for one"),
         (damaged(lambda s: s.update({"conv1.weight": torch.ones(2)})), "conv1.weight for one"),
         (damaged(lambda s: s["bn1.bias"].fill_(torch.nan)), "holds NaN or infinity: get it again"),
         ([1, 2], "damaged or foreign file"),
@@ -136,7 +136,7 @@ def test_a_weights_file_runs_no_code(tmp_path):
             return (pytest.fail, ("code from the file was run",))
 
     torch.save({"conv1.weight": Attack()}, tmp_path / "weights.pth")
-    with pytest.raises(common.UserError, match="damaged or foreign"):
+    with pytest.raises(common.UserError, match=r"holds a .*_Fail beside the tensors, which is not"):
         common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
 
 
@@ -210,31 +210,18 @@ def test_folded_batch_norms_change_nothing(generator):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
 
 
-@pytest.mark.parametrize("share", [0.2, 0.0])
+@pytest.mark.parametrize("disk_from", [2**31, 0])
 def test_collect_fills_one_tensor_and_refuses_what_cannot_fit(
-    generator, monkeypatch, tmp_path, share
+    generator, monkeypatch, tmp_path, disk_from
 ):
-    monkeypatch.setattr(common, "DISK_FROM", share)  # 0: all features lie on disk
+    monkeypatch.setattr(common, "DISK_FROM", disk_from)  # 0: all features lie on disk
     rows = torch.randn(70, 3, generator=generator)
     batches = list(zip(rows.split(16), rows[:, 1:].split(16), strict=True))
     whole, part = common.collect(batches, 70, tmp_path)
     assert torch.equal(whole, rows)
     assert torch.equal(part, rows[:, 1:])
     assert list(tmp_path.iterdir()) == []
-    if Path("/proc/meminfo").exists():
-        with pytest.raises(common.UserError, match=r"features of all photos take .* GiB, too much"):
-            common.collect(batches, 10**13, tmp_path)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_features_on_disk_leave_the_memory(monkeypatch, tmp_path):
-    def mapped():  # kB of files that lie in the process's memory
-        status = Path("/proc/self/status").read_text()
-        return sum(int(status.split(name)[1].split()[0]) for name in ("RssFile:", "RssShmem:"))
-
-    monkeypatch.setattr(common, "DISK_FROM", 0)
-    batches = ([torch.full((1000, 1000), float(i))] for i in range(16))
-    before = mapped()
-    (features,) = common.collect(batches, 16_000, tmp_path)  # 64 MB
-    assert mapped() - before < 8_000
-    assert features[::1000, 0].tolist() == list(range(16))
+    with pytest.raises(
+        common.UserError, match=r"features in .*: use fewer photos, a smaller --cro"
+    ):
+        common.collect(batches, 10**13, tmp_path)

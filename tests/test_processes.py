@@ -50,7 +50,8 @@ def forked(folder, jobs):
         job["cwd"] = str(folder / f"run{number}")
         job["arguments"] = list(map(str, job["arguments"]))
     command = [sys.executable, "-c", FORKS, json.dumps(jobs)]
-    variables = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    importable = [str(ROOT), str(ROOT / "tests"), *sys.path]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(importable)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=variables, check=True)
     folders = [folder / f"run{number}" for number in range(len(jobs))]
     codes = map(int, done.stdout.split())
@@ -106,12 +107,10 @@ def test_how_runs_end(pill, fitted, tmp_path):
     # error comes. To end the interpreter under them would be an abort.
     cases = [(fit("knn", cut), {"first": LINGER}, 2, "000.jpg: cannot be read as an image")] * 6
 
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
-    save, full = (
-        fit("knn", pill, "--save", "full.pt"),
-        "full.pt: cannot be written (File too large)",
-    )
-    cases.append((save, {"first": limit}, 2, full))
+    full_disk = fit("knn", pill, "--save", "/dev/full")  # the report comes all the same
+    message = "/dev/full: cannot be written: No space left on device"
+    report = {"first": "import atexit; atexit.register(os.stat, 'results/knn/metrics.json')"}
+    cases.append((full_disk, report, 2, message))
     cases.append((judge, {"stdout": "/dev/full"}, 2, "error: stdout: No space left on device"))
     closed = {"first": "os.close(1); sys.stdout = None"}
     cases.append((judge, closed, 2, "error: stdout: is closed"))
@@ -141,13 +140,17 @@ def test_how_runs_end(pill, fitted, tmp_path):
 
     jobs = [{"arguments": arguments} | more for arguments, more, _, _ in cases]
     jobs += [{"arguments": of_photos}, {"arguments": one_by_one, "first": CLOSED_PIPE}]
-    *ends, (code, err, folder), closed_pipe = forked(tmp_path, jobs)
+    jobs.append({"arguments": fit("knn", pill, "--save", "/dev/full")})
+    *ends, (code, err, folder), closed_pipe, full_disk = forked(tmp_path, jobs)
     assert (code, err.count("error: ")) == (1, 2)
     assert "broken.jpg: cannot be read" in err
     assert "a.jpg.png: cannot be written" in err
     assert len((folder / "out").read_text().splitlines()) == 1 + 3
     assert len([path for path in in_the_way.parent.iterdir() if path.is_file()]) == 2
     assert (closed_pipe[0], "Traceback" in closed_pipe[1]) == (141, False)
+    line = one_line(*full_disk[:2], 2)
+    assert line.startswith("error: /dev/full: cannot be written: No space left on device")
+    assert (full_disk[2] / "results/knn/metrics.json").exists()  # the report came all the same
     for (_, _, expected, message), (code, err, folder) in zip(cases, ends, strict=True):
         assert message in one_line(code, err, expected)
         assert not list(folder.rglob(".*")) + list(folder.rglob("*.pt"))  # nothing unfinished
