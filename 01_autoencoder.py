@@ -71,6 +71,7 @@ def resample(convolution, inputs: int, outputs: int) -> nn.Sequential:
 
 def shrink(images: torch.Tensor, device) -> torch.Tensor:
     """Shrinks (B, 3, S, S) uint8 to (B, 3, 64, 64) float32 from 0 to 1, channels last."""
+    common.check_images(images)
     pixels = images.to(device, memory_format=torch.channels_last).float() / 255
     return common.resize(pixels, (SIDE, SIDE))
 

@@ -318,6 +318,58 @@ def test_the_picture_of_a_photo_lies_under_its_absolute_path(monkeypatch):
     assert places[1] == PureWindowsPath("predictions/D/a/b.png.png")
 
 
+def test_saving_replaces_no_device_no_link_and_no_mode(run_script, pill, tmp_path):
+    fit = ["--data", pill, *small("knn"), "--save"]
+    if os.path.exists("/dev/null"):
+        assert run_script("knn", *fit, "/dev/null")[0] == 0
+        assert not os.path.isfile("/dev/null")
+    (tmp_path / "target.pt").write_text("older")
+    (tmp_path / "target.pt").chmod(0o600)
+    (tmp_path / "link.pt").symlink_to("target.pt")
+    assert run_script("knn", *fit, "link.pt")[0] == 0
+    assert (tmp_path / "link.pt").is_symlink()
+    assert (tmp_path / "target.pt").stat().st_mode & 0o777 == 0o600
+    assert common.load_model(tmp_path / "target.pt", "knn")["method"] == "knn"
+
+
+def test_a_model_without_room_is_refused_before_the_fit(run_script, pill, monkeypatch):
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    code, _, err = run_script("patchcore", "--data", pill, *small("patchcore"), "--save", "m.pt")
+    assert code == 2
+    # 8 photos x 64 patches x (128 + 256) columns x 4 bytes x 0.2 of them
+    assert f"--save m.pt: takes {8 * 64 * 384 * 4 * 0.2 / 2**30:.1f} GiB, and 0.0 are free" in err
+
+
+def test_the_rate_of_the_fit_stays_unless_another_is_given(run_script, pill):
+    fit = ["--data", pill, *small("knn"), "--false-alarm-rate", "0.2", "--save", "m.pt"]
+    _, _, err = run_script("knn", *fit)
+    threshold = err.split("threshold ")[1].split(",")[0]
+    judge = ["--load", "m.pt", "--predict", pill / "test/good"]
+    _, _, err = run_script("knn", *judge)
+    assert f"above the threshold {threshold}, " in err
+    _, _, err = run_script("knn", *judge, "--false-alarm-rate", "0.5")
+    assert f"above the threshold {threshold}, " not in err
+
+
+def test_old_pictures_do_not_stay_among_the_new(run_script, model_file, pill, tmp_path):
+    judge = ["--load", "m.pt", "--predict", pill / "test"]
+    run_script("knn", *judge)
+    _, out, _ = run_script("knn", *judge, "--pictures", "defects")
+    pictures = list((tmp_path / "results/knn/predictions").rglob("*.png"))
+    assert 0 < len(pictures) == out.count(",defect,") < 10
+    run_script("knn", *judge, "--pictures", "none")
+    assert not list((tmp_path / "results/knn").rglob("*.png"))
+
+
+def test_runs_on_other_photos_or_pixels_are_not_compared(run_script, pill):
+    fit = ["--data", pill, *small("knn")]
+    run_script("patchcore", "--data", pill, *small("patchcore"))
+    assert "\npatchcore  " in run_script("knn", *fit)[1]
+    assert "\npatchcore  " not in run_script("knn", *fit, "--crop", "0")[1]
+    (pill / "test/good/000.jpg").unlink()
+    assert "\npatchcore  " not in run_script("knn", *fit)[1]
+
+
 def test_pictures_of_defects_or_of_none(run_script, model_file, pill, tmp_path):
     folder, judge = tmp_path / "results" / "knn", ["--load", "m.pt", "--predict", pill / "test"]
     (tmp_path / "results").write_text("no folder: nothing can be written")
@@ -513,6 +565,8 @@ BAD_OPTIONS = {
     "predict empty": ("knn", ["--predict", "folder"], "--predict folder: expected a photo"),
     "load a folder": ("knn", ["--load", "folder"], "folder: Is a directory: expected a file"),
     "data is a file": ("knn", ["--data", "file.txt"], "file.txt: expected train/good"),
+    "empty path": ("knn", ["--predict", ""], "--predict: is empty: expected a path"),
+    "empty data": ("knn", ["--data", ""], "--data: is empty: expected a path"),
     "rate that explodes": ("dfr", ["--steps", "40", "--learning-rate", "1e30"], "lower it"),
 }
 

@@ -1,5 +1,6 @@
 """ResNet hooks against a forward pass written out, weights files, and the training helpers."""
 
+import argparse
 import hashlib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 from scipy import ndimage
 
 
@@ -81,6 +83,7 @@ def damaged(change):
         (damaged(lambda s: s.pop("bn1.bias")), "1 tensors are missing, unknown or of another"),
         (damaged(lambda s: s.update({"layer1.2.bias": torch.ones(1)})), "layer1.2.bias for one"),
         (damaged(lambda s: s.update({"conv1.weight": torch.ones(2)})), "conv1.weight for one"),
+        ({"args": argparse.Namespace(), "model": {}}, "holds a argparse.Namespace beside the tens"),
         (damaged(lambda s: s["bn1.bias"].fill_(torch.nan)), "holds NaN or infinity: get it again"),
         ([1, 2], "damaged or foreign file"),
         ({"model": "resnet18"}, "tensors are missing"),
@@ -123,11 +126,27 @@ def wrapped(state, key=None, prefix=""):
         lambda s: {name: tensor for name, tensor in s.items() if not name.startswith("fc.")},
         lambda s: s | {"fc.weight": torch.ones(7, 512), "fc.bias": torch.ones(7)},
         lambda s: {name: t for name, t in s.items() if not name.endswith("num_batches_tracked")},
+        lambda s: wrapped(s, "state_dict", "module.encoder_q."),
+        lambda s: wrapped(s, None, "_orig_mod.") | {"n_averaged": torch.tensor(3)},
     ],
 )
 def test_weights_are_taken_however_they_were_saved(tmp_path, plainly_saved, change):
     state, pixels, features = plainly_saved
     assert torch.equal(loaded_features(tmp_path, change(state), pixels), features)
+
+
+def test_weights_of_the_hub(tmp_path, plainly_saved):
+    state, pixels, features = plainly_saved
+    save_file(
+        {f"backbone.{name}": tensor for name, tensor in state.items()}, tmp_path / "w.safetensors"
+    )
+    backbone = common.load_backbone("resnet18", str(tmp_path / "w.safetensors"))
+    assert torch.equal(next(common.extract(backbone, ["layer4"], pixels))[0], features)
+    (tmp_path / "w.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(
+        common.UserError, match=r"w\.safetensors: .*: expected a \.safetensors file"
+    ):
+        common.load_backbone("resnet18", str(tmp_path / "w.safetensors"))
 
 
 def test_a_weights_file_runs_no_code(tmp_path):
@@ -195,6 +214,14 @@ def test_lite0_is_the_packaged_network_stage_by_stage(generator):
     assert [64 // output.shape[2] for output in outputs] == [4, 8, 16, 32]
 
 
+@pytest.mark.parametrize("side", [64, 75, 100])
+def test_lite0_pads_by_the_size_of_the_image(generator, side):
+    """As TensorFlow's SAME: each stride of 2 leaves half of the side, rounded up."""
+    pixels = torch.randint(256, (1, 3, side, side), generator=generator).byte()
+    (outputs,) = common.extract(common.load_backbone(LITE), ["layer1", "layer4"], pixels)
+    assert [output.shape[2] for output in outputs] == [-(-side // 4), -(-side // 32)]
+
+
 def test_folded_batch_norms_change_nothing(generator):
     torch.manual_seed(0)
     network = torchvision.models.resnet18(weights=None)
@@ -225,3 +252,15 @@ def test_collect_fills_one_tensor_and_refuses_what_cannot_fit(
         common.UserError, match=r"features in .*: use fewer photos, a smaller --cro"
     ):
         common.collect(batches, 10**13, tmp_path)
+
+
+def test_what_is_no_batch_of_images_is_refused(pixels):
+    backbone = common.load_backbone("resnet18", "random")
+    for wrong in (pixels / 255, pixels[0], pixels[:, :1], pixels[..., :32]):
+        with pytest.raises(ValueError, match=r"images: expected \(N, 3, S, S\) uint8, got \("):
+            common.forward(backbone, ["layer1"], wrong)
+
+
+def test_maps_are_the_same_for_one_image_and_for_many(generator):
+    grids = torch.rand(9, 28, 28, generator=generator)
+    assert torch.equal(common.to_maps(grids, 224)[4], common.to_maps(grids[4:5], 224)[0])

@@ -320,6 +320,32 @@ def test_same_seed_same_scores(scripts, method, images):
     assert not torch.equal(scores[0], scores[2])
 
 
+@pytest.mark.parametrize("method", ["autoencoder", "dfr", "knn", "patchcore"])
+def test_the_callers_settings_do_not_count_and_stay(scripts, method, images):
+    def scores():
+        backbone = small_backbone(method)
+        fitted = scripts[method].fit(images[:6], backbone, **SHORT[method])
+        return scripts[method].detector(fitted.state, backbone)(images).scores
+
+    expected = scores()
+    before = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(scores(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_patchcore_judges_as_many_images_as_the_rate_needs(scripts, generator):
+    images = torch.randint(256, (130, 3, 32, 32), generator=generator).byte()
+    for rate, count in [(0.05, 100), (0.008, 124), (0.001, 130)]:
+        settings = SHORT["patchcore"] | {"coreset": 0.02, "false_alarm_rate": rate}
+        fitted = scripts["patchcore"].fit(images, small_backbone(), **settings)
+        assert len(fitted.calibration) == count
+
+
 @pytest.mark.parametrize("method", ["dfr", "patchcore"])
 def test_features_on_disk_give_the_same_bits(scripts, method, images, monkeypatch, tmp_path):
     fitted = []

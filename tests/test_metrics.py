@@ -74,6 +74,30 @@ def test_image_and_pixel_auroc_equal_scikit_learn(maps_and_masks):
     assert common.image_auroc([3, 1, 2], [True, False, True]) == 1.0
 
 
+def test_labels_of_any_two_kinds_are_read_as_by_scikit_learn():
+    scores = [0.1, 0.9, 0.4]
+    for labels in ([0, 1, 1], [-1, 1, 1], ["0", "1", "1"], [False, True, True]):
+        assert common.image_auroc(scores, labels) == 1.0
+    with pytest.raises(ValueError, match="labels: expected two kinds, got 3"):
+        common.image_auroc(scores, [0, 1, 2])
+
+
+def test_masks_of_integers_are_labeled_unless_they_number_regions(maps_and_masks):
+    maps, masks = maps_and_masks
+    expected = common.au_pro(maps, masks)
+    for value in (1, 255):
+        ready = np.uint8(value * masks)
+        assert common.au_pro(maps, ready) == expected
+        assert common.au_pro(maps[:, None], ready[:, None]) == expected
+        assert common.pixel_auroc(maps, ready) == common.pixel_auroc(maps, masks)
+    assert common.au_pro(maps[1], masks[1]) == common.au_pro(maps[1:2], masks[1:2])
+    for wrong in (masks * 1.0, masks[:2], masks[..., :9]):
+        with pytest.raises(ValueError, match="expected equal shapes, maps without NaN, and masks"):
+            common.au_pro(maps, wrong)
+    with pytest.raises(ValueError, match="without NaN"):
+        common.pixel_auroc(np.where(maps > 2, np.nan, maps), masks)
+
+
 @pytest.mark.parametrize("value", [False, True])
 def test_metrics_of_one_class_are_none(value):
     masks = np.full((2, 8, 8), value)

@@ -107,10 +107,6 @@ def test_how_runs_end(pill, fitted, tmp_path):
     # error comes. To end the interpreter under them would be an abort.
     cases = [(fit("knn", cut), {"first": LINGER}, 2, "000.jpg: cannot be read as an image")] * 6
 
-    full_disk = fit("knn", pill, "--save", "/dev/full")  # the report comes all the same
-    message = "/dev/full: cannot be written: No space left on device"
-    report = {"first": "import atexit; atexit.register(os.stat, 'results/knn/metrics.json')"}
-    cases.append((full_disk, report, 2, message))
     cases.append((judge, {"stdout": "/dev/full"}, 2, "error: stdout: No space left on device"))
     closed = {"first": "os.close(1); sys.stdout = None"}
     cases.append((judge, closed, 2, "error: stdout: is closed"))
