@@ -278,6 +278,7 @@ def benchmark_schematic(options):
     fitted = patchcore.fit(train.images, backbone)
     i = int((test.kinds == "color").argmax())
     result = patchcore.detector(fitted.state, backbone)(test.images[i : i + 1])
+    (compared,) = result.cells(0, test.images[i])
     (outputs,) = common.extract(backbone, patchcore.LAYERS, test.images[i : i + 1])
     layers = [output[0].permute(1, 2, 0).cpu().numpy() for output in outputs]
     features = patchcore.patch_features(outputs)[0].cpu().numpy()
@@ -291,7 +292,7 @@ def benchmark_schematic(options):
         ("patch features", "28 x 28 of 152 numbers", 0.315, 0.5, 0.135),
         ("memory bank", f"{len(picks):,} of {60 * 784:,} (coreset)", 0.485, 0.5, 0.165),
         ("nearest row", "m_test and m*", 0.685, 0.5, 0.135),
-        ("anomaly map", f"s* = {result.cells(0)[0].caption.split()[-1]}", 0.855, 0.5, 0.135),
+        ("anomaly map", f"s* = {compared.caption.split()[-1]}", 0.855, 0.5, 0.135),
     ]
     axes = []
     for title, shape, left, middle, width in panels:
@@ -306,7 +307,7 @@ def benchmark_schematic(options):
     axes[3].imshow(in_colors(features))
     axes[4].scatter(*plane.transform(cloud).T, s=0.3, color="lightgray", linewidths=0)
     axes[4].scatter(*plane.transform(picks).T, s=0.8, color="tab:blue", linewidths=0)
-    axes[5].imshow(result.cells(0)[0].tile.permute(1, 2, 0))
+    axes[5].imshow(compared.tile.permute(1, 2, 0))
     axes[6].imshow(result.maps[0], cmap="inferno")
     for start, end in [((0.142, 0.6), (0.172, 0.7)), ((0.142, 0.4), (0.172, 0.3)),
                        ((0.268, 0.7), (0.312, 0.6)), ((0.268, 0.3), (0.312, 0.4)),
@@ -369,7 +370,7 @@ def benchmark_remarks(options):
         patchcore.score_patches = plain
         for share in (0.1, 0.01, 0.001):
             refilled = run(train, test, coreset=share)[1]
-            patchcore.refill = lambda bank, projected, in_hole, radius: in_hole[:0]
+            patchcore.refill = lambda vectors, distances, radius: []
             bare, patchcore.refill = run(train, test, coreset=share)[1], fill
             changed = int((refilled != bare).sum())
             before, after = (common.conformal_quantile(s, 0.05) for s in (bare, refilled))
@@ -567,7 +568,7 @@ def benchmark_cost(options):
         print(" ", ", ".join(f"{n}: {s:.3g} s" for n, s in zip(sizes, spent, strict=True)))
     left.set(xlabel="rows of the bank", ylabel="seconds", title="search, 784 queries x 1536")
     right.set(xlabel="N, patch features", title="coreset, 10 % of N x 128")
-    common.save_figure(figure, "", options.figure)
+    figure.savefig(options.figure, dpi=110)
 
 
 def benchmark_threshold(options):
