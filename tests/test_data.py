@@ -167,16 +167,16 @@ def test_what_is_passed_over_is_counted(tmp_path, capsys):
     for name in ("sub", "other", ".git", "@eaDir", "$RECYCLE.BIN", "#recycle"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").touch()
-    names = [path.name for path in common.image_files(tmp_path) if path.name != "e.heic"]
+    names = [path.name for path in common.image_files(tmp_path, 0, pytest.fail) if path.name != "e.heic"]
     assert names == ["a.png", "b.JFIF", "g.jpe"]
     err = capsys.readouterr().err
     assert err.startswith("6 files in") or err.startswith("5 files in")  # HEIC may be readable
     assert "c.txt" in err
-    found = common.image_files(tmp_path, None)
+    found = common.image_files(tmp_path, None, pytest.fail)
     assert [path.parent.name for path in found if path.name == "x.png"] == ["other", "sub"]
     (tmp_path / "linked").symlink_to(tmp_path / "other")
     capsys.readouterr()
-    found = common.image_files(tmp_path, 1)
+    found = common.image_files(tmp_path, 1, pytest.fail)
     assert [path.parent.name for path in found] == ["linked", "other", "sub"]
     assert "files in" in capsys.readouterr().err  # those in no subfolder
 
