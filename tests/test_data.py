@@ -1,5 +1,10 @@
 """Images of every kind, geometry of images and masks, and the practice pill."""
 
+import io
+import os
+import struct
+import zlib
+
 import common
 
 import numpy as np
@@ -59,22 +64,78 @@ def test_exif_orientation_turns_the_image_upright(tmp_path, gradient, orientatio
 def test_pixels_of_32_bits_are_refused(tmp_path, mode):
     array = np.full((9, 9), 70000, np.int32 if mode == "I" else np.float32)
     Image.fromarray(array).save(tmp_path / "a.tif")
-    with pytest.raises(common.UserError, match=r"a\.tif: cannot be read as an image .*expected 8"):
+    with pytest.raises(common.UserError, match=r"a\.tif: cannot be read as an image: .*expected 8"):
         common.read_image(tmp_path / "a.tif")
 
 
-def test_bits_say_what_is_in_use_whatever_the_format(tmp_path):
-    """12 of 16 bits in a 16-bit PNG, a 32-bit TIFF and a PGM of maxval 65535 look alike."""
-    values = np.linspace(0, 4012, 2400).reshape(40, 60)
-    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a.png")
-    Image.fromarray(values.astype(np.int32)).save(tmp_path / "b.tif")
-    (tmp_path / "c.pgm").write_bytes(b"P5 60 40 65535\n" + values.astype(">u2").tobytes())
-    for name in ("a.png", "b.tif", "c.pgm"):
-        for bits, shift in [(12, 4), (16, 8)]:
-            found = np.asarray(common.read_image(tmp_path / name, bits))
-            np.testing.assert_array_equal(found[..., 0], values.astype(int) >> shift)
-    bright = np.asarray(common.read_image(tmp_path / "a.png", 10))
-    assert (bright[values >= 1020] == 255).all()  # clipped, not wrapped around
+def png16(colors):
+    """A PNG of 16-bit gray, gray with alpha, RGB or RGBA, which Pillow does not write."""
+    height, width, channels = colors.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colors)
+    header = struct.pack(">IIBBBBB", width, height, 16, [0, 4, 2, 6][channels - 1], 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunk = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + chunk
+
+
+def tiff16(colors, order="<", in_planes=False, photometric=None):
+    """A TIFF of 16-bit gray, RGB or RGBA."""
+    height, width, channels = colors.shape
+    planes = np.moveaxis(colors, 2, 0) if in_planes else colors[None]
+    pixels = [plane.astype(order + "u2").tobytes() for plane in planes]
+    photometric = 2 * (channels > 2) + (channels == 1) if photometric is None else photometric
+    tags = {256: [width], 257: [height], 258: [16] * channels, 259: [1], 262: [photometric],
+            273: [0] * len(pixels), 277: [channels], 278: [height],
+            279: list(map(len, pixels)), 284: [1 + in_planes]}  # fmt: skip
+    if channels == 4:
+        tags[338] = [2]
+    place = 8 + 2 + 12 * len(tags) + 4
+    tags[273] = [place + 200 + sum(tags[279][:i]) for i in range(len(pixels))]
+    entries, long = b"", b""
+    for tag, numbers in sorted(tags.items()):
+        content = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        entries += struct.pack(order + "HHI", tag, 4, len(numbers))
+        entries += content if len(content) == 4 else struct.pack(order + "I", place + len(long))
+        long += content if len(content) > 4 else b""
+    start = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, len(tags))
+    return start + entries + bytes(4) + long.ljust(200, b"\0") + b"".join(pixels)
+
+
+def gray_of(values, suffix, **settings):
+    Image.fromarray(values).save(file := io.BytesIO(), suffix, **settings)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("bits", [12, 16])
+def test_all_bits_of_png_and_tiff_are_read(channels, bits):
+    """12 of 16 bits; gray and colors; either order of bytes."""
+    colors = np.random.default_rng(0).integers(0, 4096, (40, 60, channels)).astype(np.uint16)
+    colors[..., 3:] = 65535
+    files = [png16(colors), tiff16(colors), colors, colors.astype(">u2")]
+    if channels != 4:
+        files.append(tiff16(colors, ">"))
+    for number, source in enumerate(files):
+        found = np.asarray(common.read_image(source, bits))
+        assert (found == (colors >> (bits - 8))[..., :3]).all(), number
+
+
+def test_what_pillow_has_scaled_or_cut_is_not_scaled_again():
+    values = np.linspace(0, 4095, 2400).reshape(40, 60).astype(np.uint16)
+    for top in (4095, 65535):
+        photo = b"P5 60 40 %d\n" % top + (values.astype(int) * top // 4095).astype(">u2").tobytes()
+        found = np.asarray(common.read_image(photo, 12))[..., 0]
+        assert np.abs(found - values / 4095 * 255).max() <= 1, top
+    deep = gray_of(16 * values, "JPEG2000", irreversible=False)
+    np.testing.assert_array_equal(np.asarray(common.read_image(deep, 12))[..., 0], values >> 4)
+    colors = np.dstack([values] * 3)
+    negative = tiff16(values[..., None], photometric=0)
+    for photo in (negative, tiff16(colors, in_planes=True), png16(colors[..., :2])):
+        with pytest.raises(common.UserError, match=r"photo in memory \(bytes\): cannot be read"):
+            common.read_image(photo, 12)
 
 
 def test_odd_metadata_does_not_veto_pixels(tmp_path, gradient):
@@ -122,7 +183,7 @@ def with_mask(folder, mask, name="000_mask.png", **settings):
     for path in ("test/crack", "ground_truth/crack"):
         (folder / path).mkdir(parents=True)
     image = folder / "test/crack/000.png"
-    Image.new("RGB", mask.shape[::-1]).save(image)
+    Image.new("RGB", mask.shape[::-1], "gray").save(image)
     Image.fromarray(np.uint8(mask)).save(folder / "ground_truth/crack" / name, **settings)
     split, errors = load_split([image])
     assert not errors
@@ -167,7 +228,8 @@ def test_what_is_passed_over_is_counted(tmp_path, capsys):
     for name in ("sub", "other", ".git", "@eaDir", "$RECYCLE.BIN", "#recycle"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").touch()
-    names = [path.name for path in common.image_files(tmp_path, 0, pytest.fail) if path.name != "e.heic"]
+    found = common.image_files(tmp_path, 0, pytest.fail)
+    names = [path.name for path in found if path.name != "e.heic"]
     assert names == ["a.png", "b.JFIF", "g.jpe"]
     err = capsys.readouterr().err
     assert err.startswith("6 files in") or err.startswith("5 files in")  # HEIC may be readable
@@ -179,6 +241,27 @@ def test_what_is_passed_over_is_counted(tmp_path, capsys):
     found = common.image_files(tmp_path, 1, pytest.fail)
     assert [path.parent.name for path in found] == ["linked", "other", "sub"]
     assert "files in" in capsys.readouterr().err  # those in no subfolder
+
+
+def test_folders_of_any_name_and_depth_are_walked(tmp_path, monkeypatch):
+    deep = "/".join("abcdefghijkl")
+    for name in ("#4711", "@line2", "$5", deep, f"results/{deep}"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.png").touch()
+    (tmp_path / "results" / common.RESULTS_TAG).touch()
+    (tmp_path / "#4711" / "back").symlink_to(tmp_path)
+    found = common.image_files(tmp_path, None, pytest.fail)
+    assert {str(path.parent.relative_to(tmp_path)) for path in found} == {
+        "#4711", "@line2", "$5", deep
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for _ in range(20):  # a path too long to be listed
+        os.mkdir(250 * "x")
+        os.chdir(250 * "x")
+    errors = []
+    assert len(common.image_files(tmp_path, None, errors.append)) == 4
+    assert len(errors) == 1
+    assert "x: File name too long: " in str(errors[0])
 
 
 def test_frames_beyond_the_first_are_named(tmp_path, capsys, gradient):
@@ -207,10 +290,12 @@ def test_small_photos_are_enlarged_as_by_torchvision(tmp_path, capsys, gradient)
     np.testing.assert_array_equal(split.images[1].permute(1, 2, 0).numpy(), expected)
     assert not errors
     err = capsys.readouterr().err
-    assert err.startswith(f"2 photos are enlarged to 224 x 224: {paths[0]} (5.6 times), ")
+    assert err.startswith(f"2 photos are enlarged to 224 x 224: {paths[0]}, ")
     assert err.count("\n") == 1
     with pytest.raises(common.UserError, match=r"c: is 300 x 2, expected sides of at most 1 to 50"):
         common.prepare(Image.new("RGB", (300, 2)), name="c")
+    with pytest.raises(ValueError, match="crop is 224, expected at most resize, which is 128"):
+        common.prepare(Image.new("RGB", (300, 200)), 128)
 
 
 def photos(count, noise, generator, base=None):
@@ -269,18 +354,22 @@ def test_photos_that_differ_stay_and_nothing_is_said(generator, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("spoiled", ["alike", "plain", "dark"])
-def test_photos_that_teach_nothing_are_named(generator, capsys, spoiled):
-    images = photos(6, 3, generator)
-    if spoiled == "alike":
-        images = images[:1].repeat(6, 1, 1, 1)
-    elif spoiled == "plain":
-        images = images[:, :, :1, :1].repeat(1, 1, 64, 64)
-    else:
-        images = images // 5
+def test_photos_that_teach_nothing_are_named(tmp_path, generator, capsys):
+    images = photos(1, 3, generator).repeat(6, 1, 1, 1)
     assert len(common.without_copies(split_of(images), split_of(images[:0])).paths) == 6
-    message = "dark, at most" if spoiled == "dark" else "all alike or of one color"
-    assert message in capsys.readouterr().err
+    assert "all alike" in capsys.readouterr().err
+    path = tmp_path / "a.png"
+    for color, message in [
+        (63, "1 photos are dark"),
+        (128, ""),
+        (255, "1 photos are mostly white"),
+    ]:
+        photo = np.full((300, 300), color, np.uint8)
+        photo[:, :140] = min(color, 200)
+        Image.fromarray(photo).save(path)
+        [(_, size, image, regions)] = common.load_photos([path], 256, 224, 16, pytest.fail)
+        assert (size, image.shape, regions) == ((300, 300), (3, 224, 224), None)
+        assert capsys.readouterr().err.startswith(message)
 
 
 def discs(*strengths):
@@ -292,10 +381,62 @@ def discs(*strengths):
     return mask
 
 
-def test_masks_that_number_their_classes_lose_no_region(tmp_path):
-    assert with_mask(tmp_path / "a", discs(1, 2, 3)).regions.unique().tolist() == [0, 1, 2, 3]
-    faint = discs(255, 20, 255)  # less than an eighth: a trace of compression
-    assert with_mask(tmp_path / "b", faint).regions.unique().tolist() == [0, 1, 2]
+@pytest.mark.parametrize("numbers", [(1, 3), (1, 9), (9, 1), (255, 254), range(1, 21), (8, 1, 255)])
+def test_masks_that_number_classes_lose_no_pixel(tmp_path, numbers):
+    """All but 0 mark, so that those that touch are one region; a speck may be the highest."""
+    mask = np.zeros((300, 300), np.uint8)
+    for i, number in enumerate(numbers):
+        x = 30 + 12 * i
+        mask[30:50, x : x + 12] = number
+        mask[100:140, x : x + 6] = number
+    found = with_mask(tmp_path, mask).regions.unique()
+    assert found.tolist() == list(range(2 + len(numbers)))
+    mask[200, 200] = 99
+    for name in ("a.png", "a.tif", "a.bmp"):
+        Image.fromarray(mask).save(tmp_path / name)
+        np.testing.assert_array_equal(common.read_mask(tmp_path / name), mask > 0)
+
+
+def test_traces_of_compression_are_no_region(tmp_path):
+    faint = discs(255, 20, 255)  # less than an eighth
+    assert with_mask(tmp_path, faint, "000_mask.jpg").regions.unique().tolist() == [0, 1, 2]
+
+
+def test_masks_the_other_way_round_are_named(tmp_path, capsys):
+    assert with_mask(tmp_path, 255 - discs(255)).masks.float().mean() > 0.9  # nothing is guessed
+    assert "1 masks mark the border and more than half of the photo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["000/000.png", "000/001.png"], ["000_mask_1.png", "000_mask-2.tif"], ["000.png"],
+     ["000_mask.png", "000.png"]],
+)  # fmt: skip
+def test_several_masks_of_a_photo_add_up(tmp_path, names):
+    """MVTec LOCO's, Label Studio's if renamed, VisA's; a mask beside something of the same name."""
+    both = np.stack([discs(255), discs(0, 0, 255)])
+    parts = [both.max(0), 255 - both[0]] if "000.png" in names else both
+    with_mask(tmp_path, both[0])
+    folder = tmp_path / "ground_truth/crack"
+    (folder / "000_mask.png").unlink()
+    (folder / "000").mkdir()
+    for name, part in zip(names, parts, strict=False):
+        Image.fromarray(np.uint8(part)).save(folder / name)
+    (folder / "000_mask.txt").touch()
+    split, errors = load_split([tmp_path / "test/crack/000.png"])
+    assert not errors
+    assert split.regions.unique().tolist() == [0, 1, 2]
+
+
+def test_names_with_accents_meet_in_either_form(tmp_path):
+    with_mask(tmp_path, discs(255))
+    photo = tmp_path / "test/crack/000.png"
+    photo = photo.rename(photo.with_name("u\u0308.png"))  # as macOS writes it
+    mask = tmp_path / "ground_truth/crack/000_mask.png"
+    mask.rename(mask.with_name("\u00fc_mask.png"))
+    split, errors = load_split([photo])
+    assert not errors
+    assert split.has_mask.all()
 
 
 def test_masks_in_colors_or_in_their_alpha_alone(tmp_path, capsys):
@@ -310,7 +451,7 @@ def test_masks_in_colors_or_in_their_alpha_alone(tmp_path, capsys):
             assert ((common.read_mask(tmp_path / "m.png") > 0) == (gray > 0)).all(), number
     full = with_mask(tmp_path / "a", np.full((300, 300), 255))
     assert full.masks.all()
-    assert "1 masks cover the whole photo" in capsys.readouterr().err
+    assert "1 masks mark the border and more than half of the photo" in capsys.readouterr().err
 
 
 def test_a_photo_turned_by_exif_without_its_mask_is_named(tmp_path, capsys):
@@ -341,19 +482,25 @@ def test_many_masks_get_running_numbers(tmp_path):
     ]  # fmt: skip
 
 
-def test_an_array_is_read_as_its_file_is(tmp_path, gradient):
+def test_photos_in_memory_are_read_as_their_files_are(tmp_path, gradient):
+    """Arrays, PIL images and bytes."""
     alpha = np.full((40, 60, 1), 255, np.uint8)
     alpha[5:10] = 0
     deep = gradient[:, :, 0].astype(np.uint16) * 16  # 12 of 16 bits
     for array in (gradient, gradient[:, :, 0], np.dstack([gradient, alpha]), deep):
         Image.fromarray(array).save(tmp_path / "a.png")
-        expected = common.read_image(tmp_path / "a.png", 12)
-        assert common.read_image(array, 12).tobytes() == expected.tobytes()
-    colors = common.read_image(gradient.astype(np.uint16) * 16, 12)
-    np.testing.assert_array_equal(np.asarray(colors), gradient)
-    for wrong in (gradient / 255, gradient.astype(int), gradient[None]):
-        with pytest.raises(common.UserError, match=r"array of shape .* cannot be read as an image"):
+        expected = common.read_image(tmp_path / "a.png", 12).tobytes()
+        content = (tmp_path / "a.png").read_bytes()
+        for source in (array, Image.open(tmp_path / "a.png"), Image.fromarray(array), content):
+            assert common.read_image(source, 12).tobytes() == expected
+    assert common.read_image(deep[..., None], 12).tobytes() == expected
+    turned = Image.fromarray(gradient)
+    turned.getexif()[common.ORIENTATION] = 6
+    np.testing.assert_array_equal(common.read_image(turned), np.rot90(gradient, -1))
+    for wrong in (gradient / 255, gradient.astype(int), gradient[None], bytes(244_000), None):
+        with pytest.raises(common.UserError, match=r"memory \(\w+\): cannot be read") as error:
             common.read_image(wrong)
+        assert len(str(error.value)) < 400
 
 
 def test_all_that_is_broken_is_named_at_once(tmp_path, gradient):
@@ -366,7 +513,7 @@ def test_all_that_is_broken_is_named_at_once(tmp_path, gradient):
         (tmp_path / name).write_bytes(b"no image")
     with pytest.raises(common.UserError) as error:
         common.load_data(tmp_path)
-    assert str(error.value).startswith("4 files cannot be used: ")
+    assert str(error.value).startswith("4 files or folders cannot be used: ")
     assert str(error.value).count("cannot be read as an image") == 3
     assert str(error.value).index("2.png") < str(error.value).index("4.png")
 

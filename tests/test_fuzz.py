@@ -58,4 +58,5 @@ def test_damaged_images(tmp_path, capfd):
                 pytest.fail(str(error))
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 50, outcomes
-    assert all("frames or pages" in line for line in capfd.readouterr().err.splitlines())
+    err = capfd.readouterr().err
+    assert all("frames or pages" in line for line in err.splitlines()), err
