@@ -161,17 +161,11 @@ def atomic(path: Path):
 
 FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
-LOSSLESS = ["BMP", "GIF", "PNG", "PPM", "TGA", "TIFF"]
 RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # the name of a file in our own folders of pictures
 NO_PHOTOS = ["@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"]
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
 DEPTH, PHOTOMETRIC, PLANES = 258, 262, 284  # tags of TIFF
-OTHER_ORDER = {  # Pillow's names of 16-bit colors, and of the same in the other order of bytes
-    "RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "LA;16B": "LA;16L",
-    "RGB;16L": "RGB;16B", "RGBA;16L": "RGBA;16B",
-    "RGB;16N": "RGB;16B", "RGBA;16N": "RGBA;16B",
-}  # fmt: skip
-NEAR = 0.1  # see `near_copies`
+NEAR = 0.1  # see `without_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
 
 
@@ -238,12 +232,12 @@ def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]
 
     def cannot_list(error):
         if folder.exists():
-            refuse(UserError(f"{error.filename}: {error.strerror}: a folder that cannot be listed"))
+            refuse(UserError(f"{error.filename}: {error.strerror}: expected a folder to list"))
 
     for name, folders, files in os.walk(folder, onerror=cannot_list, followlinks=True):
         parent = Path(name)
         level = len(parent.relative_to(folder).parts)
-        is_circle = parent.resolve() in map(Path.resolve, parent.parents)
+        is_circle = parent.resolve() in map(Path.resolve, parent.parents[:level])
         if is_circle or RESULTS_TAG in files:
             folders.clear()
             continue
@@ -303,10 +297,9 @@ def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=No
 def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None):
     """Yields (path, size, image, regions) for each photo that can be read, in order.
 
-    The size is (width, height) of the upright photo, the image what the network sees of it, (3, S,
-    S) uint8, and the regions are its defects', (S, S) int32 (NumPy), or None if they are not known.
-    A UserError is passed to `refuse` for each of the others. At the end come the remarks, each in a
-    line with the files that it is about.
+    The size is the upright photo's (width, height). The image is what the network sees of it, (3,
+    S, S) uint8. The regions number its defects, (S, S) int32 (NumPy), or are None without `masks`.
+    For every other photo a UserError is passed to `refuse`. The last step prints what is odd.
     """
     side = crop or resize
     remarks = defaultdict(list)
@@ -349,18 +342,14 @@ def load_regions(path: Path, size, masks: dict | None, resize: int, crop: int, r
     # Regions are numbered at full size, as thin ones fall apart when a mask shrinks.
     regions, count = ndimage.label(marked, TOUCHING)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0].numpy()
-    border = marked[[0, -1]].mean() + marked[:, [0, -1]].mean()
     if count == 0:
         remarks["masks are blank: their photos count for image AUROC alone"].append(file)
-    elif border > 1.8 and marked.mean() > 0.5:
-        inverted = "masks mark the border and more than half of the photo: are they inverted?"
-        remarks[inverted].append(file)
+    elif marked.mean() > 0.5 and marked[[0, -1]].mean() > 0.9:
+        remarks["masks mark the border and most of the photo: are they inverted?"].append(file)
     elif len(np.unique(seen[seen > 0])) < count:
-        lost = "masks have regions outside the crop or too small for a pixel: they count for no map"
-        remarks[lost].append(file)
+        remarks["masks have regions outside the crop or too small for a pixel"].append(file)
     if orientation(path) > 1 == orientation(file):
-        turned = "photos are turned by an EXIF tag that their masks lack: give it to both, or none"
-        remarks[turned].append(f"{path} with {file}")
+        remarks["photos are turned by an EXIF tag that their masks lack"].append(path)
     return seen
 
 
@@ -384,22 +373,18 @@ def read_image(source, bits=16) -> Image.Image:
     with explained(f"{name}: cannot be read as an image", "replace it"):
         if isinstance(source, bytes):
             source = io.BytesIO(source)
-        if isinstance(source, Image.Image):
-            upright = ImageOps.exif_transpose(source)
-            source = np.asarray(upright if upright.mode[0] in "IF" else upright.convert("RGBA"))
         if isinstance(source, np.ndarray):
             image = shallow_image(source, bits)
+        elif isinstance(source, Image.Image):
+            image = ImageOps.exif_transpose(source)
         else:
             image = open_upright(source)
             if image.format not in ("PNG", "TIFF"):
                 bits = 16  # Pillow has scaled the other ones
-            if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
-                image = shallow_image(np.asarray(image), bits)
-            elif bits < 16:
-                upper = np.asarray(image)
-                lower = np.asarray(open_upright(source, lower=True))
-                if (lower != upper).any():
-                    image = shallow_image(upper * np.uint16(256) + lower, bits)
+            if bits < 16 and image.mode[0] != "I":
+                image = all_bits(source, image, bits)
+        if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
+            image = shallow_image(np.asarray(image), bits)
         if image.has_transparency_data:
             clear = image.convert("RGBA")
             if clear.getchannel("A").getextrema() != (0, 0):
@@ -409,11 +394,7 @@ def read_image(source, bits=16) -> Image.Image:
 
 
 def open_upright(source, lower=False) -> Image.Image:
-    """Reads the first frame of an image file and turns it by its EXIF orientation.
-
-    Pillow keeps the upper bytes of 16-bit colors. `lower` gives the lower ones of a PNG or TIFF: in
-    the other order of bytes, Pillow takes them for the upper ones.
-    """
+    """Reads the first frame of an image file and turns it by its EXIF orientation."""
     with Image.open(source) as image:
         tags = getattr(image, "tag_v2", {})
         is_negative = tags.get(PHOTOMETRIC) == 0
@@ -421,7 +402,7 @@ def open_upright(source, lower=False) -> Image.Image:
         if 16 in tags.get(DEPTH, ()) and (is_negative or in_planes):
             raise ValueError("expected 16 bits with 0 as black, and colors pixel by pixel")
         if lower:
-            image.tile = [in_other_order(tile) for tile in image.tile]
+            image.tile = [tile._replace(args=in_other_order(tile.args)) for tile in image.tile]
         elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             note(f"{source}: holds {image.n_frames} frames or pages: the first one is used")
         image.load()
@@ -430,12 +411,22 @@ def open_upright(source, lower=False) -> Image.Image:
         return image
 
 
-def in_other_order(tile):
-    """Returns a part of a file as `Image.tile` has it, with its colors' bytes in the other order."""
-    if isinstance(tile.args, str):
-        return tile._replace(args=OTHER_ORDER.get(tile.args, tile.args))
-    layout, *rest = tile.args
-    return tile._replace(args=(OTHER_ORDER.get(layout, layout), *rest))
+def all_bits(source, image: Image.Image, bits: int) -> Image.Image:
+    """Reads an image of 8 bits a channel again if its file has 16-bit colors, of which Pillow keeps
+    the upper bytes. In the other order of bytes, it takes the lower ones for them."""
+    upper = np.asarray(image)
+    lower = np.asarray(open_upright(source, lower=True))
+    if (lower == upper).all():
+        return image
+    return shallow_image(upper * np.uint16(256) + lower, bits)
+
+
+def in_other_order(layout):
+    """Returns Pillow's name of 16-bit colors, or a tuple with it, for the other order of bytes."""
+    if isinstance(layout, tuple):
+        return tuple(map(in_other_order, layout))
+    is_deep = ";16" in str(layout)
+    return layout[:-1] + "BL"[layout.endswith("B")] if is_deep else layout
 
 
 def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
@@ -445,7 +436,7 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
     if values.dtype in (np.uint8, bool):
         return Image.fromarray(values)
     is_deep = values.dtype.str[1:] in ("u2", "i4")  # in either order of bytes
-    if not is_deep or values.min() < 0 or values.max() > 65535:
+    if not is_deep or (values >> 16).any():
         raise ValueError(f"{values.dtype} pixels, expected 8 or 16 bits")
     upper = np.minimum(values >> (bits - 8), 255)
     return Image.fromarray(upper.astype(np.uint8))
@@ -466,7 +457,8 @@ def read_mask(path: Path) -> np.ndarray:
             gray = np.maximum.reduce(colors)
             if np.ptp(gray) == 0 and np.ptp(alpha) > 0:
                 gray = alpha  # the colors say nothing: the drawing is in the alpha channel
-        if image.format in LOSSLESS and len(np.unique(gray)) <= 64:
+        is_lossless = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")
+        if is_lossless and len(np.unique(gray)) <= 64:
             return gray > 0
         near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
         region, count = ndimage.label(near, TOUCHING)
@@ -499,42 +491,31 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
 
 
 def without_copies(train: Split, test: Split) -> Split:
-    """Returns `train` without near-copies. Says how many it left out, and what else spoils a fit.
+    """Returns `train` without near-copies: if they stayed, a memory bank "without" a photo would
+    still hold its copy, and the threshold would be too low.
 
-    If copies stayed, a memory bank "without" a photo would still hold its copy, and the threshold
-    would be too low.
+    Two images are near-copies if their distance is less than a tenth of what is usual around the
+    second one, that is of the distance to its (N / 8)-th nearest training image, or to the third if
+    N is small. Bursts of one part had 0.008 to 0.046 of the usual distance, photos of different
+    parts had 0.246 and more. The first of several copies stays.
     """
-    copies, known = near_copies(train.images, test.images)
-    note_names("training photos are near-copies of others and count once", train.paths[copies])
-    too_good = "test photos are near-copies of training photos: metrics are too good"
-    note_names(too_good, test.paths[known])
-    if (train.images == train.images[0]).all():
-        note("the photos of train/good are all alike: nothing is learned from them")
-    if not copies.any():
-        return train
-    return Split._make(field[~copies] for field in train)
-
-
-def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the training images, (N,) bool, that nearly repeat an earlier one which is no copy
-    itself, and the test images, (T,) bool, that nearly repeat a training image.
-
-    Images are (N, 3, S, S) uint8. Two of them are near-copies if their distance is less than a
-    tenth of what is usual around the first one, that is of the distance to its (N / 8)-th nearest
-    training image, or to the third if N is small. Bursts of one part had 0.008 to 0.046 of the
-    usual distance, photos of different parts had 0.246 and more.
-    """
-    pixels = [thumbnails(images, 32).flatten(1).double() for images in (train, test)]  # (N, 3072)
-    rank = min(max(3, len(train) // 8) + 1, len(train))  # a training image is its own nearest
-    search = NearestNeighbors(n_neighbors=rank).fit(pixels[0])
+    pixels = [thumbnails(split.images, 32).flatten(1).double() for split in (train, test)]
+    count = len(train.paths)
+    rank = min(max(3, count // 8) + 1, count)  # a training image is its own nearest
+    search = NearestNeighbors(n_neighbors=rank).fit(pixels[0])  # (N, 3072)
     distances, nearest = search.kneighbors(torch.cat(pixels))  # (N + T, rank)
     distances = distances.round(3)
     is_near = distances < NEAR * distances[:, -1:]
-    is_original = np.zeros(len(train), dtype=bool)
-    for number in range(len(train)):
+    stays = np.zeros(count, bool)
+    for number in range(count):
         neighbors = nearest[number][is_near[number]]
-        is_original[number] = not is_original[neighbors].any()
-    return ~is_original, is_near[len(train) :].any(axis=1)
+        stays[number] = not stays[neighbors].any()
+    note_names("training photos are near-copies of others and count once", train.paths[~stays])
+    too_good = "test photos are near-copies of training photos: metrics are too good"
+    note_names(too_good, test.paths[is_near[count:].any(axis=1)])
+    if (train.images == train.images[0]).all():
+        note("the photos of train/good are all alike: nothing is learned from them")
+    return train if stays.all() else Split._make(field[stays] for field in train)
 
 
 def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:

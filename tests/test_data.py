@@ -250,8 +250,8 @@ def test_folders_of_any_name_and_depth_are_walked(tmp_path, monkeypatch):
         (tmp_path / name / "x.png").touch()
     (tmp_path / "results" / common.RESULTS_TAG).touch()
     (tmp_path / "#4711" / "back").symlink_to(tmp_path)
-    found = common.image_files(tmp_path, None, pytest.fail)
-    assert {str(path.parent.relative_to(tmp_path)) for path in found} == {
+    found = common.image_files(tmp_path / "#4711" / "..", None, pytest.fail)
+    assert {str(path.resolve().parent.relative_to(tmp_path)) for path in found} == {
         "#4711", "@line2", "$5", deep
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -404,7 +404,7 @@ def test_traces_of_compression_are_no_region(tmp_path):
 
 def test_masks_the_other_way_round_are_named(tmp_path, capsys):
     assert with_mask(tmp_path, 255 - discs(255)).masks.float().mean() > 0.9  # nothing is guessed
-    assert "1 masks mark the border and more than half of the photo" in capsys.readouterr().err
+    assert "1 masks mark the border and most of the photo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_masks_in_colors_or_in_their_alpha_alone(tmp_path, capsys):
             assert ((common.read_mask(tmp_path / "m.png") > 0) == (gray > 0)).all(), number
     full = with_mask(tmp_path / "a", np.full((300, 300), 255))
     assert full.masks.all()
-    assert "1 masks mark the border and more than half of the photo" in capsys.readouterr().err
+    assert "1 masks mark the border and most of the photo" in capsys.readouterr().err
 
 
 def test_a_photo_turned_by_exif_without_its_mask_is_named(tmp_path, capsys):
@@ -464,8 +464,7 @@ def test_a_photo_turned_by_exif_without_its_mask_is_named(tmp_path, capsys):
     load_split([photo])
     err = capsys.readouterr().err
     assert err.startswith("1 photos are turned by an EXIF tag that their masks lack")
-    assert "000.png with " in err
-    assert "000_mask.png" in err
+    assert "000.png" in err
 
 
 def test_many_masks_get_running_numbers(tmp_path):
