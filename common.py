@@ -210,7 +210,7 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     test = load_split(test_files, *settings, find_masks(root, errors.append))
     if errors:
         first = "; ".join(map(str, errors[:3]))
-        raise UserError(f"{len(errors)} files or folders cannot be used: {first}")
+        raise UserError(f"{len(errors)} files cannot be used: {first}")
     if not with_train:
         return train, test
     if crop:
@@ -260,8 +260,8 @@ def find_masks(root, refuse: Callable) -> dict[str, dict[str, list[Path]]]:
     The masks of TYPE/NAME.png are TYPE/NAME_mask.png, whatever stands behind "_mask", or else
     TYPE/NAME.png and all pictures in TYPE/NAME/. Several masks of a photo add up.
     """
-    masks = defaultdict(lambda: defaultdict(list))
     folder = Path(root, "ground_truth")
+    masks = {composed(path.name): defaultdict(list) for path in folder.glob("*")}
     for path in image_files(folder, None, refuse):
         kind, *names = map(composed, path.relative_to(folder).with_suffix("").parts)
         for name in names[:1]:
@@ -425,6 +425,8 @@ def in_other_order(layout):
     """Returns Pillow's name of 16-bit colors, or a tuple with it, for the other order of bytes."""
     if isinstance(layout, tuple):
         return tuple(map(in_other_order, layout))
+    if layout == "LA;16B":
+        raise ValueError("expected 16-bit gray without alpha, or colors")
     is_deep = ";16" in str(layout)
     return layout[:-1] + "BL"[layout.endswith("B")] if is_deep else layout
 

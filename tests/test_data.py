@@ -512,7 +512,7 @@ def test_all_that_is_broken_is_named_at_once(tmp_path, gradient):
         (tmp_path / name).write_bytes(b"no image")
     with pytest.raises(common.UserError) as error:
         common.load_data(tmp_path)
-    assert str(error.value).startswith("4 files or folders cannot be used: ")
+    assert str(error.value).startswith("4 files cannot be used: ")
     assert str(error.value).count("cannot be read as an image") == 3
     assert str(error.value).index("2.png") < str(error.value).index("4.png")
 
