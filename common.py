@@ -161,8 +161,10 @@ def atomic(path: Path):
 
 FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
-RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # the name of a file in our own folders of pictures
-NO_PHOTOS = ["@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"]
+RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # a folder that holds this file is one of our results
+NO_PHOTOS = [  # methods.png is ours as well, and lies beside those folders
+    "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "methods.png",
+]  # fmt: skip
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
 DEPTH, PHOTOMETRIC, PLANES = 258, 262, 284  # tags of TIFF
 NEAR = 0.1  # see `without_copies`
@@ -224,15 +226,18 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
 def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]:
     """Finds the photos that lie `depth` folders below a folder, or at any depth if it is None.
 
-    Returns them sorted. A line on stderr counts the files that it passed over; hidden folders,
-    NO_PHOTOS and our own results are not looked into. A UserError is passed to `refuse` for each
-    folder that cannot be listed.
+    Returns them sorted. A line on stderr counts the files that it passed over, but for what is
+    hidden, the system's or our own. A UserError is passed to `refuse` for each folder that cannot
+    be listed.
     """
     photos, passed_over = [], []
 
     def cannot_list(error):
         if folder.exists():
             refuse(UserError(f"{error.filename}: {error.strerror}: expected a folder to list"))
+
+    def shown(names):
+        return [name for name in names if name[0] != "." and name not in NO_PHOTOS]
 
     for name, folders, files in os.walk(folder, onerror=cannot_list, followlinks=True):
         parent = Path(name)
@@ -241,11 +246,10 @@ def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]
         if is_circle or RESULTS_TAG in files:
             folders.clear()
             continue
-        folders[:] = [f for f in folders if f[0] != "." and f not in NO_PHOTOS]
-        for path in map(parent.joinpath, files):
+        folders[:] = shown(folders)
+        for path in map(parent.joinpath, shown(files)):
             is_photo = path.suffix.lower() in SUFFIXES and depth in (None, level)
-            if path.name[0] != ".":
-                (photos if is_photo else passed_over).append(path)
+            (photos if is_photo else passed_over).append(path)
     note_names(
         f"files in {folder} were passed over, as they are no photos or not in their place (HEIC "
         "takes: pip install pillow-heif)",
@@ -1824,7 +1828,9 @@ def files_to_judge(options) -> list[Path]:
     results = options.out.parent.resolve()
     files = {}  # its keys: each file stands once
     for path in options.predict:
-        photos = [path] if path.is_file() else image_files(path, None, note)
+        photos = (
+            [path] if path.is_file() else image_files(path, None, lambda e: note(f"error: {e}"))
+        )
         photos = [photo for photo in photos if results not in photo.resolve().parents]
         if not photos:
             raise UserError(f"--predict {path}: expected a photo or a folder that holds one")

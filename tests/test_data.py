@@ -248,7 +248,8 @@ def test_folders_of_any_name_and_depth_are_walked(tmp_path, monkeypatch):
     for name in ("#4711", "@line2", "$5", deep, f"results/{deep}"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "x.png").touch()
-    (tmp_path / "results" / common.RESULTS_TAG).touch()
+    for name in (f"results/{common.RESULTS_TAG}", "methods.png"):
+        (tmp_path / name).touch()
     (tmp_path / "#4711" / "back").symlink_to(tmp_path)
     found = common.image_files(tmp_path / "#4711" / "..", None, pytest.fail)
     assert {str(path.resolve().parent.relative_to(tmp_path)) for path in found} == {
