@@ -162,7 +162,7 @@ def atomic(path: Path):
 FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
 RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # a folder that holds this file is one of our results
-NO_PHOTOS = [  # methods.png is ours as well, and lies beside those folders
+NO_PHOTOS = [  # methods.png is ours, too, and lies beside those folders
     "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "methods.png",
 ]  # fmt: skip
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
@@ -201,11 +201,10 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     """
     errors = []
     settings = resize, crop, bits, errors.append
-    train_folder = Path(root, "train", "good")
-    train_files = image_files(train_folder, 0, errors.append) if with_train else []
+    good = Path(root, "train", "good")
+    train_files = image_files(good, 0, errors.append) if with_train else []
     if with_train and len(train_files) < 2:
-        holds = f"{train_folder}: holds {len(train_files)} images, expected 2 or more"
-        errors.append(UserError(holds))
+        errors.append(UserError(f"{good}: holds {len(train_files)} images, expected 2 or more"))
     test_files = image_files(Path(root, "test"), 1, errors.append)
     test_files.sort(key=lambda path: path.parent.name != "good")
     train = load_split(train_files, *settings)
@@ -216,10 +215,8 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     if not with_train:
         return train, test
     if crop:
-        note(
-            f"the network sees the square in a photo's center, {crop / resize:.0%} of its shorter "
-            "side; with --crop 0 it sees the whole photo"
-        )
+        share = f"{crop / resize:.0%} of its shorter side; with --crop 0 it sees the whole photo"
+        note(f"the network sees the square in a photo's center, {share}")
     return without_copies(train, test), test
 
 
@@ -250,11 +247,8 @@ def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]
         for path in map(parent.joinpath, shown(files)):
             is_photo = path.suffix.lower() in SUFFIXES and depth in (None, level)
             (photos if is_photo else passed_over).append(path)
-    note_names(
-        f"files in {folder} were passed over, as they are no photos or not in their place (HEIC "
-        "takes: pip install pillow-heif)",
-        passed_over,
-    )
+    reason = "were passed over, as no photos or not in their place (HEIC: pip install pillow-heif)"
+    note_names(f"files in {folder} {reason}", passed_over)
     return sorted(photos)
 
 
@@ -429,8 +423,6 @@ def in_other_order(layout):
     """Returns Pillow's name of 16-bit colors, or a tuple with it, for the other order of bytes."""
     if isinstance(layout, tuple):
         return tuple(map(in_other_order, layout))
-    if layout == "LA;16B":
-        raise ValueError("expected 16-bit gray without alpha, or colors")
     is_deep = ";16" in str(layout)
     return layout[:-1] + "BL"[layout.endswith("B")] if is_deep else layout
 
@@ -484,11 +476,9 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
     """
     if not 0 <= crop <= resize:
         raise ValueError(f"crop is {crop}, expected at most resize, which is {resize}")
+    width, height = image.size
     if max(image.size) > 50 * min(image.size):
-        raise UserError(
-            f"{name}: is {image.width} x {image.height}, expected sides of at most 1 to 50: cut it "
-            "to the part"
-        )
+        raise UserError(f"{name}: is {width} x {height}, expected sides of at most 1 to 50: cut it")
     mode = image_transforms.InterpolationMode["NEAREST" if is_mask else "BILINEAR"]
     size = resize if crop else [resize, resize]
     resized = image_transforms.resize(image, size, mode)
