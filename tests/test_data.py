@@ -79,19 +79,16 @@ def png16(colors):
     return file
 
 
-def tiff16(colors, in_planes=False, photometric=2):
+def tiff16(colors, planes=1, photometric=2):
     """The same of a TIFF."""
     height, width, channels = colors.shape
-    pixels = (np.moveaxis(colors, 2, 0) if in_planes else colors).tobytes()
-    strips = channels if in_planes else 1
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     tags[256], tags[257], tags[278] = width, height, height
     tags[258], tags[262] = (16,) * channels, photometric
-    tags[277], tags[284] = channels, 1 + in_planes
-    tags[273] = tuple(range(999, 999 + len(pixels), len(pixels) // strips))  # where they begin
-    tags[279] = (len(pixels) // strips,) * strips
+    tags[277], tags[284] = channels, planes
+    tags[273], tags[279] = 0, colors.nbytes  # the pixels begin where the tags end
     tags.save(file := io.BytesIO())
-    return file.getvalue().ljust(999, b"\0") + pixels
+    return file.getvalue() + colors.tobytes()
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -121,7 +118,7 @@ def test_what_pillow_has_scaled_or_cut_is_not_scaled_again():
     np.testing.assert_array_equal(found, values >> 4)
     colors = np.dstack([values] * 3)
     negative = tiff16(values[..., None], photometric=0)
-    for photo in (negative, tiff16(colors, in_planes=True), png16(colors[..., :2])):
+    for photo in (negative, tiff16(colors, planes=2), png16(colors[..., :2])):
         with pytest.raises(common.UserError, match=r"photo in memory \(bytes\): cannot be read"):
             common.read_image(photo, 12)
 
