@@ -166,7 +166,6 @@ NO_PHOTOS = [  # methods.png is ours, too, and lies beside those folders
     "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "methods.png",
 ]  # fmt: skip
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
-DEPTH, PHOTOMETRIC, PLANES = 258, 262, 284  # tags of TIFF
 NEAR = 0.1  # see `without_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
 
@@ -200,15 +199,15 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     than two training photos, and one UserError for all files that cannot be used.
     """
     errors = []
-    settings = resize, crop, bits, errors.append
+    load = partial(load_split, resize=resize, crop=crop, bits=bits, refuse=errors.append)
     good = Path(root, "train", "good")
     train_files = image_files(good, 0, errors.append) if with_train else []
     if with_train and len(train_files) < 2:
         errors.append(UserError(f"{good}: holds {len(train_files)} images, expected 2 or more"))
     test_files = image_files(Path(root, "test"), 1, errors.append)
     test_files.sort(key=lambda path: path.parent.name != "good")
-    train = load_split(train_files, *settings)
-    test = load_split(test_files, *settings, find_masks(root, errors.append))
+    train = load(train_files)
+    test = load(test_files, masks=find_masks(root, errors.append))
     if errors:
         first = "; ".join(map(str, errors[:3]))
         raise UserError(f"{len(errors)} files cannot be used: {first}")
@@ -261,10 +260,10 @@ def find_masks(root, refuse: Callable) -> dict[str, dict[str, list[Path]]]:
     folder = Path(root, "ground_truth")
     masks = {composed(path.name): defaultdict(list) for path in folder.glob("*")}
     for path in image_files(folder, None, refuse):
-        kind, *names = map(composed, path.relative_to(folder).with_suffix("").parts)
-        for name in names[:1]:
-            start, mask, _ = name.rpartition("_mask")
-            masks[kind][start + mask or name].append(path)
+        parts = list(map(composed, path.relative_to(folder).with_suffix("").parts))
+        if len(parts) > 1:
+            start, mask, _ = parts[1].rpartition("_mask")
+            masks[parts[0]][start + mask or parts[1]].append(path)
     return masks
 
 
@@ -395,9 +394,9 @@ def open_upright(source, lower=False) -> Image.Image:
     """Reads the first frame of an image file and turns it by its EXIF orientation."""
     with Image.open(source) as image:
         tags = getattr(image, "tag_v2", {})
-        is_negative = tags.get(PHOTOMETRIC) == 0
-        in_planes = tags.get(PLANES) == 2
-        if 16 in tags.get(DEPTH, ()) and (is_negative or in_planes):
+        is_negative = tags.get(262) == 0  # the numbers of TIFF's tags
+        in_planes = tags.get(284) == 2
+        if 16 in tags.get(258, ()) and (is_negative or in_planes):
             raise ValueError("expected 16 bits with 0 as black, and colors pixel by pixel")
         if lower:
             image.tile = [tile._replace(args=in_other_order(tile.args)) for tile in image.tile]
@@ -462,7 +461,8 @@ def read_mask(path: Path) -> np.ndarray:
         region, count = ndimage.label(near, TOUCHING)
         peaks = ndimage.maximum(gray, region, np.arange(count + 1))
         peak = peaks[region]  # (H, W)
-        return (gray > 0) & (gray >= peak / 2) & (peak >= gray.max() / 8)
+        strong = (gray > 0) & (gray >= peak / 2)
+        return strong & (peak >= gray.max() / 8)
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
