@@ -267,7 +267,7 @@ def find_masks(root, refuse: Callable) -> dict[str, dict[str, list[Path]]]:
     return masks
 
 
-# File systems write an accent as a letter of its own, or as one with its letter.
+# Some systems write a letter and its accent as two characters, others as one.
 composed = partial(unicodedata.normalize, "NFC")
 
 
@@ -391,7 +391,8 @@ def read_image(source, bits=16) -> Image.Image:
 
 
 def open_upright(source, lower=False) -> Image.Image:
-    """Reads the first frame of an image file and turns it by its EXIF orientation."""
+    """Reads the first frame of an image file and turns it by its EXIF orientation. See `all_bits`
+    for `lower`."""
     with Image.open(source) as image:
         tags = getattr(image, "tag_v2", {})
         is_negative = tags.get(262) == 0  # the numbers of TIFF's tags
@@ -409,8 +410,8 @@ def open_upright(source, lower=False) -> Image.Image:
 
 
 def all_bits(source, image: Image.Image, bits: int) -> Image.Image:
-    """Reads an image of 8 bits a channel again if its file has 16-bit colors, of which Pillow keeps
-    the upper bytes. In the other order of bytes, it takes the lower ones for them."""
+    """Reads the lower bytes, too, of a file with 16-bit colors, of which `image` has the upper ones
+    as Pillow keeps no others. In the other order of bytes, it takes the lower ones for them."""
     upper = np.asarray(image)
     lower = np.asarray(open_upright(source, lower=True))
     if (lower == upper).all():
@@ -442,9 +443,9 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
 def read_mask(path: Path) -> np.ndarray:
     """Reads which pixels a mask marks, (H, W) bool. May raise UserError.
 
-    All but 0 mark if a file without loss holds few numbers or colors, as those of classes. Else
-    edges may be soft, and a pixel marks if it reaches half of its own region's maximum. A region
-    that does not reach an eighth of the mask's maximum is a trace of compression then.
+    A file without loss that holds few numbers or colors names classes by them: all but 0 mark. In
+    other files edges may be soft, so that a pixel marks if it reaches half of its own region's
+    maximum; and a region that does not reach an eighth of the mask's is a trace of compression.
     """
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
