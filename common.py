@@ -19,6 +19,7 @@ import copy
 import csv
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -33,6 +34,7 @@ import textwrap
 import threading
 import time
 import timeit
+import unicodedata
 import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
@@ -60,6 +62,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, stats
 from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.linalg import vector_norm
 from torchvision.transforms import functional as image_transforms
@@ -101,6 +104,12 @@ def note_names(text: str, names) -> None:
     if len(names):
         first = ", ".join(map(str, sorted(names)[:3]))
         note(f"{len(names)} {text}: {first}")
+
+
+def note_error(errors: list, error: UserError) -> None:
+    """Prints an error that does not end the run, and keeps it."""
+    note(f"error: {error}")
+    errors.append(error)
 
 
 def progress(iterable=None, description="", **settings):
@@ -161,10 +170,12 @@ def atomic(path: Path):
 
 FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
-SHOWN_FOLDER = "[!.@$#]*/"  # thumbnails and bins of network drives lie in the other folders
+RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # a folder that holds this file is one of our results
+NO_PHOTOS = [  # methods.png is ours, too, and lies beside those folders
+    "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "methods.png",
+]  # fmt: skip
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
-RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # a folder that holds this file is one of ours
-NEAR = 0.1  # see `near_copies`
+NEAR = 0.1  # see `without_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
 
 
@@ -193,150 +204,159 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
 
     The training photos lie in ROOT/train/good; near-copies count once, and without `with_train`
     none are read. The test photos lie in ROOT/test/<defect type>, and the good ones come first.
-    Their masks, if there are any, are ROOT/ground_truth/<defect type>/NAME_mask.png. `prepare` and
-    `read_image` explain the other arguments. Raises UserError if there are less than two training
-    photos, and one UserError for all files that cannot be used.
+    `find_masks`, `prepare` and `read_image` explain the rest. Raises UserError if there are less
+    than two training photos, and one UserError for all files that cannot be used.
     """
-    train_files = image_files(Path(root, "train", "good")) if with_train else []
-    if with_train and len(train_files) < 2:
-        raise UserError(f"{root}/train/good: holds {len(train_files)} images, expected 2 or more")
-    test_files = image_files(Path(root, "test"), depth=1)
-    test_files.sort(key=lambda path: path.parent.name != "good")
     errors = []
-    remarks = defaultdict(list)
-    train = load_split(train_files, resize, crop, bits, errors, remarks)
-    test = load_split(test_files, resize, crop, bits, errors, remarks)
-    note_remarks(remarks)
+    load = partial(load_split, resize=resize, crop=crop, bits=bits, refuse=errors.append)
+    good = Path(root, "train", "good")
+    train_files = image_files(good, 0, errors.append) if with_train else []
+    if with_train and len(train_files) < 2:
+        errors.append(UserError(f"{good}: holds {len(train_files)} images, expected 2 or more"))
+    test_files = image_files(Path(root, "test"), 1, errors.append)
+    test_files.sort(key=lambda path: path.parent.name != "good")
+    train = load(train_files)
+    test = load(test_files, masks=find_masks(root, errors.append))
     if errors:
         first = "; ".join(map(str, errors[:3]))
         raise UserError(f"{len(errors)} files cannot be used: {first}")
     if not with_train:
         return train, test
     if crop:
-        note(
-            f"the network sees the square in a photo's center, {crop / resize:.0%} of its shorter "
-            "side; with --crop 0 it sees the whole photo"
-        )
+        share = f"{crop / resize:.0%} of its shorter side; with --crop 0 it sees the whole photo"
+        note(f"the network sees the square in a photo's center, {share}")
     return without_copies(train, test), test
 
 
-def image_files(folder: Path, depth: int | None = 0) -> list[Path]:
+def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]:
     """Finds the photos that lie `depth` folders below a folder, or at any depth if it is None.
 
-    Returns them sorted. A line on stderr counts the files that it passed over and that are not
-    hidden.
+    Returns them sorted. A line on stderr counts the files that it passed over, but for what is
+    hidden, the system's or our own. A UserError is passed to `refuse` for each folder that cannot
+    be listed.
     """
     photos, passed_over = [], []
-    for level in range(9):  # not deeper, as links may lead round in a circle
-        for path in folder.glob(SHOWN_FOLDER * level + "[!.]*"):
+
+    def cannot_list(error):
+        if folder.exists():
+            refuse(UserError(f"{error.filename}: {error.strerror}: expected a folder to list"))
+
+    def shown(names):
+        return [name for name in names if name[0] != "." and name not in NO_PHOTOS]
+
+    for name, folders, files in os.walk(folder, onerror=cannot_list, followlinks=True):
+        parent = Path(name)
+        level = len(parent.relative_to(folder).parts)
+        is_circle = parent.resolve() in map(Path.resolve, parent.parents[:level])
+        if is_circle or RESULTS_TAG in files:
+            folders.clear()
+            continue
+        folders[:] = shown(folders)
+        for path in map(parent.joinpath, shown(files)):
             is_photo = path.suffix.lower() in SUFFIXES and depth in (None, level)
-            if not path.is_dir():
-                (photos if is_photo else passed_over).append(path)
-    note_names(
-        f"files in {folder} were passed over, as they are no photos or not in their place (HEIC "
-        "takes: pip install pillow-heif)",
-        passed_over,
-    )
+            (photos if is_photo else passed_over).append(path)
+    reason = "were passed over, as no photos or not in their place (HEIC: pip install pillow-heif)"
+    note_names(f"files in {folder} {reason}", passed_over)
     return sorted(photos)
 
 
-def load_split(paths: list[Path], resize, crop, bits, errors: list, remarks: dict) -> Split:
-    """Decodes photos and their masks.
+def find_masks(root, refuse: Callable) -> dict[str, dict[str, list[Path]]]:
+    """Finds the masks in ROOT/ground_truth, as lists of files by defect type and name.
 
-    `errors` gains a UserError for each file that cannot be used. `remarks` gains the names of the
-    files that a remark is about, as a list by the remark's text; `note_remarks` prints them.
+    The masks of TYPE/NAME.png are TYPE/NAME_mask.png, whatever stands behind "_mask", or else
+    TYPE/NAME.png and all pictures in TYPE/NAME/. Several masks of a photo add up.
     """
-    kinds = np.array([path.parent.name for path in paths], dtype=object)
+    folder = Path(root, "ground_truth")
+    masks = {composed(path.name): defaultdict(list) for path in folder.glob("*")}
+    for path in image_files(folder, None, refuse):
+        parts = list(map(composed, path.relative_to(folder).with_suffix("").parts))
+        if len(parts) > 1:
+            start, mask, _ = parts[1].rpartition("_mask")
+            masks[parts[0]][start + mask or parts[1]].append(path)
+    return masks
+
+
+# Some systems write a letter and its accent as two characters, others as one.
+composed = partial(unicodedata.normalize, "NFC")
+
+
+def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None) -> Split:
+    """Reads photos and their masks; see `load_photos`."""
     side = crop or resize
     # NumPy copies without threads, so that the decoders keep theirs. Its zeros take no memory until
     # they are written to.
     images = np.empty((len(paths), 3, side, side), np.uint8)
     regions = np.zeros((len(paths), side, side), np.int32)
-    has_mask = kinds == "good"
-    roots = {path.parents[2] for path in paths}
-    masks = {m.with_suffix(""): m for root in roots for m in root.glob("ground_truth/*/*_mask.*")}
-
-    def load(path):
-        photo, image = load_photo(path, resize, crop, bits, remarks)
-        return image, load_regions(path, photo.size, masks, resize, crop, remarks)
-
     region_count = 0
-    all_loaded = progress(in_threads(load, paths, errors.append), "decode", total=len(paths))
-    for i, (image, own_regions) in enumerate(all_loaded):
+    photos = load_photos(paths, resize, crop, bits, refuse, masks)
+    for i, (_, _, image, own_regions) in enumerate(progress(photos, "decode", total=len(paths))):
         images[i] = image
         if own_regions is not None:
-            has_mask[i] = own_regions.any()
             regions[i] = np.where(own_regions > 0, own_regions + region_count, 0)
             region_count += own_regions.max()
+    kinds = np.array([path.parent.name for path in paths], dtype=object)
+    has_mask = (kinds == "good") | regions.any((1, 2))
     files = np.array(paths, dtype=object)
     return Split(files, kinds, torch.from_numpy(images), torch.from_numpy(regions), has_mask)
 
 
-def load_photo(path: Path, resize: int, crop: int, bits: int, remarks: dict):
-    """Reads a photo. Returns it, and what the network sees of it. See `load_split`."""
-    photo = read_image(path, bits)
-    image = prepare(photo, resize, crop, path)
+def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None):
+    """Yields (path, size, image, regions) for each photo that can be read, in order.
+
+    The size is the upright photo's (width, height). The image is what the network sees of it, (3,
+    S, S) uint8. The regions number its defects, (S, S) int32 (NumPy), or are None without `masks`.
+    For every other photo a UserError is passed to `refuse`. The last step prints what is odd.
+    """
     side = crop or resize
-    times = side / min(photo.size)
-    if times > 1:
-        remarks[f"photos are enlarged to {side} x {side}"].append(f"{path} ({times:.1f} times)")
-    return photo, image
-
-
-def load_photos(paths, resize, crop, bits, refuse, masks=None):
     remarks = defaultdict(list)
 
     def load(path):
-        photo, image = load_photo(path, resize, crop, bits, remarks)
-        return path, photo.size, image, None
+        photo = read_image(path, bits)
+        image = prepare(photo, resize, crop, path)
+        if min(photo.size) < side:
+            remarks[f"photos are enlarged to {side} x {side}"].append(path)
+        if image.max() < 64:
+            remarks["photos are dark, below 64 of 255: see --bits"].append(path)
+        if (image == 255).sum() > 0.75 * image.numel():
+            remarks["photos are mostly white, at 255: see --bits"].append(path)
+        regions = load_regions(path, photo.size, masks, resize, crop, remarks)
+        return path, photo.size, image, regions
 
-    yield from progress(in_threads(load, paths, refuse), "decode", total=len(paths))
-    note_remarks(remarks)
+    yield from in_threads(load, paths, refuse)
+    for text in remarks:
+        note_names(text, remarks[text])
 
 
-def mask_of(path: Path, masks: dict, remarks: dict) -> Path | None:
-    """Returns the file of a test photo's mask, or None if the photo is good or if no photo of its
-    type has a mask. `masks` holds all masks by their names without suffixes."""
-    folder = path.parents[2] / "ground_truth" / path.parent.name
-    expected = folder / f"{path.stem}_mask"
-    if path.parent.name == "good":
+def load_regions(path: Path, size, masks: dict | None, resize: int, crop: int, remarks: dict):
+    """Reads the masks of a photo of this size; see `load_photos`. Adds to the remarks."""
+    kind = composed(path.parent.name)
+    name = composed(path.stem)
+    if masks is None or kind == "good":
         return None
-    if not folder.is_dir():
+    if kind not in masks:
         remarks["test photos have no folder in ground_truth: no pixel metrics"].append(path)
         return None
-    if expected not in masks:
-        raise UserError(f"{path}: has no mask: expected {expected}.png")
-    return masks[expected]
-
-
-def load_regions(path: Path, size, masks: dict, resize: int, crop: int, remarks: dict):
-    """Reads the mask of a photo of this size. Returns its defect regions, (S, S) int32 (NumPy), or
-    None if it has no mask. See `mask_of`."""
-    mask_path = mask_of(path, masks, remarks)
-    if mask_path is None:
-        return None
-    gray = read_mask(mask_path)
-    if gray.shape[::-1] != size:
-        raise UserError(f"{mask_path}: is {gray.shape[::-1]}, expected {size} as its photo")
-    regions, count = defect_regions(gray)
+    files = masks[kind][f"{name}_mask"] or masks[kind][name]
+    if not files:
+        raise UserError(f"{path}: has no mask: expected ground_truth/{kind}/{name}_mask.png")
+    marked = np.zeros(size[::-1], bool)
+    for file in files:
+        mask = read_mask(file)
+        if mask.shape != marked.shape:
+            raise UserError(f"{file}: is {mask.shape[::-1]}, expected {size} as its photo")
+        marked |= mask
+    # Regions are numbered at full size, as thin ones fall apart when a mask shrinks.
+    regions, count = ndimage.label(marked, TOUCHING)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0].numpy()
     if count == 0:
-        remarks["masks are blank: their photos count for image AUROC alone"].append(mask_path)
-    elif regions.all():
-        remarks["masks cover the whole photo: all of it counts as defective"].append(mask_path)
+        remarks["masks are blank: their photos count for image AUROC alone"].append(file)
+    elif marked.mean() > 0.5 and marked[[0, -1]].mean() > 0.9:
+        remarks["masks mark the border and most of the photo: are they inverted?"].append(file)
     elif len(np.unique(seen[seen > 0])) < count:
-        lost = "masks have regions outside the crop or too small for a pixel: they count for no map"
-        remarks[lost].append(mask_path)
-    if orientation(path) > 1 == orientation(mask_path):
-        turned = "photos are turned by an EXIF tag that their masks lack: give it to both, or none"
-        remarks[turned].append(f"{path} with {mask_path}")
+        remarks["masks have regions outside the crop or too small for a pixel"].append(file)
+    if orientation(path) > 1 == orientation(file):
+        remarks["photos are turned by an EXIF tag that their masks lack"].append(path)
     return seen
-
-
-def note_remarks(remarks: dict[str, list]) -> None:
-    """Prints each remark with the names it is about."""
-    for text, names in remarks.items():
-        note_names(text, names)
 
 
 def orientation(path: Path) -> int:
@@ -346,28 +366,29 @@ def orientation(path: Path) -> int:
     return 1
 
 
-def open_upright(path: Path) -> Image.Image:
-    """Reads the first frame of an image file and turns it by its EXIF orientation."""
-    with Image.open(path) as image:
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            note(f"{path}: holds {image.n_frames} frames or pages: the first one is used")
-        image.load()
-        with suppress(Exception):  # it turns the image before odd metadata fails
-            ImageOps.exif_transpose(image, in_place=True)
-        return image.copy()
-
-
 def read_image(source, bits=16) -> Image.Image:
     """Reads a photo as 8-bit RGB and turns it upright. Raises UserError if it cannot be read.
 
-    The source is a file, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8 or uint16, that is
-    gray, RGB or RGBA. `bits`, 8 to 16, says how many of a deeper photo's bits are in use; the upper
-    8 of those are read. A transparent photo is put on white, unless all of it is transparent.
+    The source is a file, its bytes, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W,
+    4) of uint8 or uint16, that is gray, RGB or RGBA. `bits`, 8 to 16, says how many of a channel's
+    16 bits are in use in an array, a PNG or a TIFF; the upper 8 of those are read. A transparent
+    photo is put on white, unless all of it is transparent.
     """
-    is_array = isinstance(source, np.ndarray)
-    name = f"array of shape {source.shape}" if is_array else source
+    is_path = isinstance(source, (str, os.PathLike))
+    name = source if is_path else f"photo in memory ({type(source).__name__})"
     with explained(f"{name}: cannot be read as an image", "replace it"):
-        image = shallow_image(source, bits) if is_array else open_upright(source)
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        if isinstance(source, np.ndarray):
+            image = shallow_image(source, bits)
+        elif isinstance(source, Image.Image):
+            image = ImageOps.exif_transpose(source)
+        else:
+            image = open_upright(source)
+            if image.format not in ("PNG", "TIFF"):
+                bits = 16  # Pillow has scaled the other ones
+            if bits < 16 and image.mode[0] != "I":
+                image = all_bits(source, image, bits)
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
             image = shallow_image(np.asarray(image), bits)
         if image.has_transparency_data:
@@ -378,44 +399,80 @@ def read_image(source, bits=16) -> Image.Image:
         return image.convert("RGB")
 
 
+def open_upright(source, lower=False) -> Image.Image:
+    """Reads the first frame of an image file and turns it by its EXIF orientation. See `all_bits`
+    for `lower`."""
+    with Image.open(source) as image:
+        tags = getattr(image, "tag_v2", {})
+        is_negative = tags.get(262) == 0  # the numbers of TIFF's tags
+        in_planes = tags.get(284) == 2
+        if 16 in tags.get(258, ()) and (is_negative or in_planes):
+            raise ValueError("expected 16 bits with 0 as black, and colors pixel by pixel")
+        if lower:
+            image.tile = [tile._replace(args=in_other_order(tile.args)) for tile in image.tile]
+        elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            note(f"{source}: holds {image.n_frames} frames or pages: the first one is used")
+        image.load()
+        with suppress(Exception):  # it turns the image before odd metadata fails
+            ImageOps.exif_transpose(image, in_place=True)
+        return image
+
+
+def all_bits(source, image: Image.Image, bits: int) -> Image.Image:
+    """Reads the lower bytes, too, of a file with 16-bit colors, of which `image` has the upper ones
+    as Pillow keeps no others. In the other order of bytes, it takes the lower ones for them."""
+    upper = np.asarray(image)
+    lower = np.asarray(open_upright(source, lower=True))
+    if (lower == upper).all():
+        return image
+    return shallow_image(upper * np.uint16(256) + lower, bits)
+
+
+def in_other_order(layout):
+    """Returns Pillow's name of 16-bit colors, or a tuple with it, for the other order of bytes."""
+    if isinstance(layout, tuple):
+        return tuple(map(in_other_order, layout))
+    is_deep = ";16" in str(layout)
+    return layout[:-1] + "BL"[layout.endswith("B")] if is_deep else layout
+
+
 def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
     """Makes an image of 8 bits a channel from an array of 8 or 16 bits; see `read_image`."""
+    if values.shape[2:] == (1,):
+        values = values[..., 0]
     if values.dtype in (np.uint8, bool):
         return Image.fromarray(values)
-    if values.dtype not in (np.uint16, np.int32) or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"{values.dtype} pixels; expected 8 or 16 bits")
+    is_deep = values.dtype.str[1:] in ("u2", "i4")  # in either order of bytes
+    if not is_deep or (values >> 16).any():
+        raise ValueError(f"{values.dtype} pixels, expected 8 or 16 bits")
     upper = np.minimum(values >> (bits - 8), 255)
     return Image.fromarray(upper.astype(np.uint8))
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Reads a mask as (H, W) numbers, which are 0 where it marks nothing. May raise UserError."""
+    """Reads which pixels a mask marks, (H, W) bool. May raise UserError.
+
+    A file without loss that holds few numbers or colors names classes by them: all but 0 mark. In
+    other files edges may be soft, so that a pixel marks if it reaches half of its own region's
+    maximum; and a region that does not reach an eighth of the mask's is a trace of compression.
+    """
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
-        if image.mode[0] in "IF":
-            return np.asarray(image)
-        red, green, blue, alpha = map(np.asarray, image.convert("RGBA").split())
-        strongest = np.maximum(np.maximum(red, green), blue)
-        if np.ptp(strongest) == 0 and np.ptp(alpha) > 0:
-            return alpha  # the colors say nothing: the drawing is in the alpha channel
-        return strongest
-
-
-def defect_regions(gray: np.ndarray) -> tuple[np.ndarray, int]:
-    """Finds the defect regions of a mask (H, W) of full size, as thin ones fall apart when it
-    shrinks. Returns region numbers, (H, W) int32, and how many regions there are.
-
-    A pixel is defective if it reaches half of its own region's maximum, because edges may be soft,
-    and regions may be marked by class numbers. A region that does not reach an eighth of the mask's
-    maximum is a trace of compression, and counts for nothing.
-    """
-    marked = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
-    region, count = ndimage.label(marked, TOUCHING)
-    peaks = np.zeros(count + 1)
-    np.maximum.at(peaks, region[marked], gray[marked])
-    peak = peaks[region]  # (H, W)
-    strong = (gray > 0) & (gray >= peak / 2)
-    return ndimage.label(strong & (peak >= gray.max() / 8), TOUCHING)
+        gray = np.asarray(image)
+        if image.mode[0] not in "IF":
+            *colors, alpha = map(np.asarray, image.convert("RGBA").split())
+            gray = np.maximum.reduce(colors)
+            if np.ptp(gray) == 0 and np.ptp(alpha) > 0:
+                gray = alpha  # the colors say nothing: the drawing is in the alpha channel
+        is_lossless = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")
+        if is_lossless and len(np.unique(gray)) <= 64:
+            return gray > 0
+        near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
+        region, count = ndimage.label(near, TOUCHING)
+        peaks = ndimage.maximum(gray, region, np.arange(count + 1))
+        peak = peaks[region]  # (H, W)
+        strong = (gray > 0) & (gray >= peak / 2)
+        return strong & (peak >= gray.max() / 8)
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
@@ -425,13 +482,13 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
     The shorter side becomes `resize`, even if it was smaller, and a square of S = crop is cut from
     the center, as the papers do. If crop is 0, the whole photo is squeezed to a square of S =
     resize. A mask is resized by its nearest pixels. Raises UserError for a photo that is more than
-    50 times as long as it is wide.
+    50 times as long as it is wide, and ValueError if `crop` exceeds `resize`.
     """
+    if not 0 <= crop <= resize:
+        raise ValueError(f"crop is {crop}, expected at most resize, which is {resize}")
+    width, height = image.size
     if max(image.size) > 50 * min(image.size):
-        raise UserError(
-            f"{name}: is {image.width} x {image.height}, expected sides of at most 1 to 50: cut it "
-            "to the part"
-        )
+        raise UserError(f"{name}: is {width} x {height}, expected sides of at most 1 to 50: cut it")
     mode = image_transforms.InterpolationMode["NEAREST" if is_mask else "BILINEAR"]
     size = resize if crop else [resize, resize]
     resized = image_transforms.resize(image, size, mode)
@@ -440,48 +497,31 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
 
 
 def without_copies(train: Split, test: Split) -> Split:
-    """Returns `train` without near-copies. Says how many it left out, and what else spoils a fit.
+    """Returns `train` without near-copies: if they stayed, a memory bank "without" a photo would
+    still hold its copy, and the threshold would be too low.
 
-    If copies stayed, a memory bank "without" a photo would still hold its copy, and the threshold
-    would be too low.
+    Two images are near-copies if their distance is less than a tenth of what is usual around the
+    second one, that is of the distance to its (N / 8)-th nearest training image, or to the third if
+    N is small. Bursts of one part had 0.008 to 0.046 of the usual distance, photos of different
+    parts had 0.246 and more. The first of several copies stays.
     """
-    copies, known = near_copies(train.images, test.images)
-    note_names("training photos are near-copies of others and count once", train.paths[copies])
+    pixels = [thumbnails(split.images, 32).flatten(1).double() for split in (train, test)]
+    count = len(train.paths)
+    rank = min(max(3, count // 8) + 1, count)  # a training image is its own nearest
+    search = NearestNeighbors(n_neighbors=rank).fit(pixels[0])  # (N, 3072)
+    distances, nearest = search.kneighbors(torch.cat(pixels))  # (N + T, rank)
+    distances = distances.round(3)
+    is_near = distances < NEAR * distances[:, -1:]
+    stays = np.zeros(count, bool)
+    for number in range(count):
+        neighbors = nearest[number][is_near[number]]
+        stays[number] = not stays[neighbors].any()
+    note_names("training photos are near-copies of others and count once", train.paths[~stays])
     too_good = "test photos are near-copies of training photos: metrics are too good"
-    note_names(too_good, test.paths[known])
-    highest = train.images.amax((2, 3))  # (N, 3)
-    of_one_color = torch.equal(highest, train.images.amin((2, 3)))
-    if of_one_color or torch.equal(train.images.amax(0), train.images.amin(0)):
-        note("the photos of train/good are all alike or of one color: nothing is learned from them")
-    elif highest.max() < 64:
-        note(f"the photos of train/good are dark, at most {highest.max()} of 255: see --bits")
-    if not copies.any():
-        return train
-    return Split._make(field[~copies] for field in train)
-
-
-def near_copies(train: torch.Tensor, test: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the training images, (N,) bool, that nearly repeat an earlier one which is no copy
-    itself, and the test images, (T,) bool, that nearly repeat a training image.
-
-    Images are (N, 3, S, S) uint8. Two of them are near-copies if their distance is less than a
-    tenth of what is usual around the first one, that is of the distance to its (N / 8)-th nearest
-    training image, or to the third if N is small. Bursts of one part had 0.008 to 0.046 of the
-    usual distance, photos of different parts had 0.246 and more.
-    """
-    originals = thumbnails(train, 32).flatten(1).double()  # (N, 3072)
-    others = thumbnails(test, 32).flatten(1).double()  # (T, 3072)
-    rank = min(max(3, len(train) // 8) + 1, len(train))  # a training image is its own nearest
-    blocks = []
-    for block in progress(torch.cat([originals, others]).split(256), "compare photos"):
-        distances = torch.cdist(block, originals).round(decimals=3)  # (256, N)
-        usual = distances.kthvalue(rank, dim=1, keepdim=True).values
-        blocks.append(distances < NEAR * usual)
-    copied = torch.cat(blocks)  # (N + T, N): which training images each image nearly repeats
-    is_original = torch.zeros(len(train), dtype=torch.bool)
-    for number in range(len(train)):
-        is_original[number] = not (copied[number] & is_original).any()
-    return ~is_original.numpy(), copied[len(train) :].any(dim=1).numpy()
+    note_names(too_good, test.paths[is_near[count:].any(axis=1)])
+    if (train.images == train.images[0]).all():
+        note("the photos of train/good are all alike: nothing is learned from them")
+    return train if stays.all() else Split._make(field[stays] for field in train)
 
 
 def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
@@ -1832,18 +1872,13 @@ def note_false_alarms(run: Run, metrics: dict) -> None:
         )
 
 
-def predict(run: Run, files: list[Path], detect) -> int:
-    """Judges photos: writes a CSV to stdout, and draws pictures in --out. Returns how many photos
-    could not be read, or their pictures not be written."""
+def predict(run: Run, files: list[Path], detect, errors: list) -> None:
+    """Judges photos: writes a CSV to stdout, and draws pictures in --out. `errors` gains a
+    UserError for each photo that cannot be read, and for each picture that cannot be written."""
     options = run.options
-    errors = []
+    refuse = partial(note_error, errors)
     verdicts = []
     highest = []  # (score, cells)
-
-    def refuse(error):
-        note(f"error: {error}")
-        errors.append(error)
-
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "score", "predicted", "x", "y"])
     photos = load_photos(files, options.resize, options.crop, options.bits, refuse)
@@ -1882,7 +1917,6 @@ def predict(run: Run, files: list[Path], detect) -> int:
         note(f"pictures in {options.out / 'predictions'}, the highest in predictions.png")
     else:
         remove(options.out / "predictions.png")
-    return len(errors)
 
 
 def remove(picture: Path) -> None:
@@ -1976,7 +2010,8 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     from images (N, 3, S, S) uint8 to a `Result`.
     """
     options, settings, model = read_options(method, description, add_options, fit)
-    files = files_to_judge(options)
+    errors = []  # about single photos
+    files = files_to_judge(options, errors)
     backbone = load_backbone(
         options.backbone,
         options.weights,
@@ -2019,10 +2054,11 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
         report(run, test, detect)
     elif options.data and not options.save and not options.predict:
         note(f"{options.data}/test holds no image to evaluate on")
-    broken = predict(run, files, detect) if files else 0
+    if files:
+        predict(run, files, detect, errors)
     if failure:
         raise failure
-    if broken:
+    if errors:
         sys.exit(1)
 
 
@@ -2163,11 +2199,15 @@ def path(text: str) -> Path:
     return Path(filled(text))
 
 
-def files_to_judge(options) -> list[Path]:
-    """Finds the photos that --predict names, and those in its folders, but for our own results."""
+def files_to_judge(options, errors: list) -> list[Path]:
+    """Finds the photos that --predict names, and those in the folders that it names. `errors` gains
+    a UserError for each folder that cannot be listed."""
+    if options.predict and sys.stdout is None:
+        raise UserError("stdout: is closed, expected to write a CSV to it")
     files = {}  # its keys: each file stands once
     for path in options.predict:
-        photos = [path] if path.is_file() else image_files(path, None)
+        refuse = partial(note_error, errors)
+        photos = [path] if path.is_file() else image_files(path, None, refuse)
         if not photos:
             raise UserError(f"--predict {path}: expected a photo or a folder that holds one")
         files |= dict.fromkeys(photos)

@@ -8,7 +8,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many processes as cores
@@ -57,10 +56,9 @@ def small_backbone(method="patchcore", seed=0, batch_size=16):
 def load_split(paths, resize=256, crop=224):
     """(`Split`, errors) of files, with its remarks on stderr."""
     errors = []
-    remarks = defaultdict(list)
-    split = common.load_split(list(paths), resize, crop, 16, errors, remarks)
-    common.note_remarks(remarks)
-    return split, errors
+    paths = list(paths)
+    masks = common.find_masks(paths[0].parents[2], errors.append)
+    return common.load_split(paths, resize, crop, 16, errors.append, masks), errors
 
 
 def search_memory(*searches) -> list[int]:

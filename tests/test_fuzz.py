@@ -49,7 +49,8 @@ def test_damaged_images(tmp_path, capfd):
     for i in range(300):
         path.write_bytes(mutated(seeds[i % len(seeds)], random))
         try:
-            found = common.read_image(path)
+            found = common.read_image(path, (12, 16)[i % 2])
+            assert common.read_mask(path).dtype == bool
             pixels = common.prepare(found, 32, 32, path)
             assert (found.mode, pixels.shape, pixels.dtype) == ("RGB", (3, 32, 32), torch.uint8)
             outcomes["read"] += 1
@@ -58,4 +59,5 @@ def test_damaged_images(tmp_path, capfd):
                 pytest.fail(str(error))
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 50, outcomes
-    assert all("frames or pages" in line for line in capfd.readouterr().err.splitlines())
+    err = capfd.readouterr().err
+    assert all("frames or pages" in line for line in err.splitlines()), err
