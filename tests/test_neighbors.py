@@ -207,5 +207,5 @@ def test_features_that_carry_gradients_are_searched(generator):
 def test_refuses_a_backend_it_does_not_have():
     with pytest.raises(ValueError, match="backend is 'faiss'"):
         common.nearest_neighbors(torch.ones(1, 2), torch.ones(1, 2), 1, "faiss")
-    with pytest.raises(ValueError, match="needs CuPy, CUDA tensors and k up to 256, got cpu"):
+    with pytest.raises(ValueError, match="needs CuPy, CUDA tensors and k up to 32, got cpu"):
         common.nearest_neighbors(torch.ones(1, 2), torch.ones(1, 2), 1, "cupy")
