@@ -908,7 +908,7 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
 # `plain_greedy_coreset` first, then `greedy_coreset`, which makes the same picks in less time.
 
 FRONTIER = 512  # so many of the farthest rows are put aside
-BLOCK = 8192  # so many rows meet the new picks at a time on a CPU
+BLOCK = 4096  # so many rows meet the new picks at a time on a CPU
 
 
 def plain_greedy_coreset(features, size: int, first: int) -> list[int]:
@@ -1062,20 +1062,17 @@ def pick_torch(vectors, distances, limit, before, wanted: int) -> list[int]:
 
 
 # ------------------------------------------------------------------ 5. both on an NVIDIA GPU
-# Here are the inner steps of the same search and coreset for CUDA tensors, by CuPy. Read each kernel
-# under its comment, which says what it replaces in chapter 3 or 4.
+# Here are the inner steps of the same search and coreset for CUDA tensors, by CuPy. Read a kernel
+# beside the function of chapter 3 or 4 that its comment names.
 
-THREADS = 256  # of a block
-MOST = 32  # neighbors that a warp keeps, one in each lane
+THREADS = 256  # of a block that searches
+MOST = 32  # neighbors that a warp can keep, one in each lane
+CUDA = r"""
+#define ALL 0xffffffffu                         // lanes of a warp
+#define NOTHING __int_as_float(0x7f800000)      // infinity, and
+#define NO_ROW 0x7fffffffffffffffLL             // a row that comes after all others
 
-# Search: `find_nearest` does all that `nearest_torch` does after the product. A block of threads
-# serves a query, and each of its warps a share of the rows. What a warp keeps is sorted, by value
-# and then by row, one in each lane.
-SEARCH_CUDA = r"""
-#define ALL 0xffffffffu
-#define NOTHING __int_as_float(0x7f800000)  // infinity: no row is there
-#define NO_ROW 0x7fffffffffffffffLL
-
+// Keeps (value, row) where it belongs among the least 32 of a warp, one in each lane, in order.
 template <typename T>
 __device__ void keep(T value, long long row, T& kept, long long& kept_row) {
     int lane = threadIdx.x % 32;
@@ -1087,7 +1084,7 @@ __device__ void keep(T value, long long row, T& kept, long long& kept_row) {
     if (lane == place) { kept = value; kept_row = row; }
 }
 
-// How many of the first k that the warps keep come before this one.
+// Counts what comes before (value, row) among the first k that each warp of the block passes.
 __device__ int rank(double value, long long row, int k) {
     __shared__ double values[256];
     __shared__ long long numbers[256];
@@ -1102,53 +1099,50 @@ __device__ int rank(double value, long long row, int k) {
     return place;
 }
 
-// |query - row|^2 in float64, by all lanes of a warp.
-__device__ double measure(const float* query, const float* row, long long columns) {
+// `measure`: a warp measures a pair, in float64.
+__device__ double measure(const float* one, const float* other, long long columns) {
     double sum = 0;
     #pragma unroll 4
     for (long long column = threadIdx.x % 32; column < columns; column += 32) {
-        double difference = (double)query[column] - (double)row[column];
+        double difference = (double)one[column] - (double)other[column];
         sum += difference * difference;
     }
-    for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(ALL, sum, other);
-    return sum;
+    for (int lane = 16; lane; lane /= 2) sum += __shfl_xor_sync(ALL, sum, lane);
+    return sqrt(sum);
 }
 
-// |f(q) - f(b)| - |q - f(q)| - |b - f(b)|: the distance is not below this.
-struct Bounds {
-    const float *products, *squared, *error;  // of each row
-    float own_squared, own_error;             // of the query
-    long long rows;
-    __device__ float operator()(long long row) const {
-        if (row >= rows) return NOTHING;
-        float apart = fmaf(-2.0f, products[row], own_squared + squared[row]);
-        return sqrtf(fmaxf(apart, 0.0f)) - own_error - error[row];
-    }
-};
-
+// `nearest_torch` after the product: a block serves a query, each warp has a share of the rows.
 extern "C" __global__ void __launch_bounds__(256) find_nearest(
-        const float* products, const float* query_squared, const float* query_error,
-        const float* squared, const float* error, const float* queries, const float* all_rows,
-        long long rows, long long columns, long long neighbors,
-        double* distances, long long* indices) {
-    long long number = blockIdx.x;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = (int)neighbors;
-    long long first = 128LL * warp, step = 4LL * blockDim.x;  // a warp looks at 128 rows at a time
-    const float* query = queries + number * columns;
-    Bounds lower = {products + number * rows, squared, error,
-                    query_squared[number], query_error[number], rows};
-    float bound[4];
-
-    // The k rows of each warp that look nearest, and whether they are among the block's k.
-    float worst = NOTHING, kept = NOTHING;
-    long long kept_row = NO_ROW;
-    for (long long start = first; start < rows; start += step) {
-        #pragma unroll
-        for (int i = 0; i < 4; i++) bound[i] = lower(start + 32 * i + lane);
+        const float* products, const float* own_squared, const float* own_error,
+        const float* squared, const float* error, const float* queries, const float* bank,
+        long long rows, long long columns, long long k, double* distances, long long* indices) {
+    long long query = blockIdx.x, step = 4 * blockDim.x;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float squared_of_query = own_squared[query], error_of_query = own_error[query];
+    float bound[4], kept = NOTHING, worst = NOTHING;
+    double near = NOTHING, farthest = 0;
+    long long kept_row = NO_ROW, near_row = NO_ROW;
+    auto read = [&](long long start) {  // bounds of 128 rows: |f(q) - f(b)| less both errors
         #pragma unroll
         for (int i = 0; i < 4; i++) {
-            unsigned better;
-            while ((better = __ballot_sync(ALL, bound[i] < worst))) {  // rare after the first rows
+            long long row = start + 32 * i + lane;
+            bound[i] = NOTHING;
+            if (row >= rows) continue;
+            float both = squared_of_query + squared[row];
+            float apart = fmaf(-2.0f, products[query * rows + row], both);
+            bound[i] = sqrtf(fmaxf(apart, 0.0f)) - error_of_query - error[row];
+        }
+    };
+    auto measure_row = [&](long long row) {
+        double distance = measure(queries + query * columns, bank + row * columns, columns);
+        keep(distance, row, near, near_row);
+        return distance;
+    };
+    for (long long start = 128 * warp; start < rows; start += step) {  // the topk
+        read(start);
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            while (unsigned better = __ballot_sync(ALL, bound[i] < worst)) {  // rare after a while
                 int from = __ffs(better) - 1;
                 keep(__shfl_sync(ALL, bound[i], from), start + 32 * i + from, kept, kept_row);
                 if (lane == from) bound[i] = NOTHING;
@@ -1157,105 +1151,74 @@ extern "C" __global__ void __launch_bounds__(256) find_nearest(
         }
     }
     bool looks_near = rank(kept, kept_row, k) < k && lane < k && kept_row != NO_ROW;
-
-    // Measure those: no neighbor is farther than the farthest of them.
-    double near = NOTHING, farthest = 0;
-    long long near_row = NO_ROW;
-    for (unsigned left = __ballot_sync(ALL, looks_near); left; left &= left - 1) {
-        long long row = __shfl_sync(ALL, kept_row, __ffs(left) - 1);
-        double distance = measure(query, all_rows + row * columns, columns);
-        keep(distance, row, near, near_row);
-        farthest = fmax(farthest, distance);
-    }
-    __shared__ double farthest_of[8];
+    for (unsigned left = __ballot_sync(ALL, looks_near); left; left &= left - 1)
+        farthest = fmax(farthest, measure_row(__shfl_sync(ALL, kept_row, __ffs(left) - 1)));
+    __shared__ double farthest_of[8];  // warps
     if (lane == 0) farthest_of[warp] = farthest;
     __syncthreads();
     for (int i = 0; i < blockDim.x / 32; i++) farthest = fmax(farthest, farthest_of[i]);
-    float limit = fminf(__double2float_ru(sqrt(farthest)), 3.4028234e38f);  // no hidden row
-
-    // Measure what else the limit does not exclude.
-    for (long long start = first; start < rows; start += step) {
-        #pragma unroll
-        for (int i = 0; i < 4; i++) bound[i] = lower(start + 32 * i + lane);
+    float limit = fminf(__double2float_ru(farthest), 3.4028234e38f);  // a hidden row is above it
+    for (long long start = 128 * warp; start < rows; start += step) {  // what the bound leaves
+        read(start);
         #pragma unroll
         for (int i = 0; i < 4; i++) {
             for (unsigned left = __ballot_sync(ALL, bound[i] <= limit); left; left &= left - 1) {
                 int from = __ffs(left) - 1;
                 long long row = start + 32 * i + from;
-                bool is_far = __shfl_sync(ALL, bound[i], from) > limit;  // it may have come down
-                if (is_far || __any_sync(ALL, near_row == row)) continue;
-                keep(measure(query, all_rows + row * columns, columns), row, near, near_row);
-                double last = sqrt(__shfl_sync(ALL, near, k - 1));
-                limit = fminf(limit, __double2float_ru(last));
+                bool is_far = __shfl_sync(ALL, bound[i], from) > limit;  // which has come down
+                if (is_far || __any_sync(ALL, near_row == row)) continue;  // or it is measured
+                measure_row(row);
+                limit = fminf(limit, __double2float_ru(__shfl_sync(ALL, near, k - 1)));
             }
         }
     }
-    int place = rank(near, near_row, k);
+    int place = rank(near, near_row, k);  // the sort
     if (lane < k && place < k) {
-        distances[number * k + place] = sqrt(near);
-        indices[number * k + place] = near_row;
-    }
-}
-"""
-# Coreset: `measure_pairs` is the cdist of `pick_torch`. A block measures 16 x 16 pairs.
-# `pick_inside` is the loop of `pick_torch`, by one block: a thread holds every 1024th row.
-CORESET_CUDA = r"""
-extern "C" __global__ void measure_pairs(const float* vectors, long long rows, long long columns,
-                                         double* pairs) {
-    __shared__ double left[16][17], right[16][17];
-    int x = threadIdx.x % 16, y = threadIdx.x / 16;
-    long long tiles = (rows + 15) / 16;
-    long long top = 16 * (blockIdx.x / tiles), side = 16 * (blockIdx.x % tiles);
-    double sum = 0;
-    for (long long start = 0; start < columns; start += 16) {
-        bool is_column = start + x < columns;
-        left[y][x] = is_column && top + y < rows ? vectors[(top + y) * columns + start + x] : 0;
-        right[y][x] = is_column && side + y < rows ? vectors[(side + y) * columns + start + x] : 0;
-        __syncthreads();
-        for (int i = 0; i < 16; i++) {
-            double difference = left[y][i] - right[x][i];
-            sum += difference * difference;
-        }
-        __syncthreads();  // all have read this part
-    }
-    if (top + y < rows && side + x < rows) pairs[(top + y) * rows + side + x] = sqrt(sum);
-}
-
-// The greatest of a warp, and of equals the one of the lowest place, in every lane.
-__device__ void find_farthest(double& best, long long& place) {
-    for (int other = 16; other; other /= 2) {
-        double value = __shfl_xor_sync(0xffffffffu, best, other);
-        long long its_place = __shfl_xor_sync(0xffffffffu, place, other);
-        if (value > best || (value == best && its_place < place)) {
-            best = value;
-            place = its_place;
-        }
+        distances[query * k + place] = near;
+        indices[query * k + place] = near_row;
     }
 }
 
+// `pick_torch`, its cdist: a block measures the pairs of one row.
+extern "C" __global__ void measure_pairs(const float* rows, long long columns, double* pairs) {
+    long long own = blockIdx.x, count = gridDim.x;
+    for (long long other = threadIdx.x / 32; other < count; other += blockDim.x / 32) {
+        double distance = measure(rows + own * columns, rows + other * columns, columns);
+        if (threadIdx.x % 32 == 0) pairs[own * count + other] = distance;
+    }
+}
+
+// `pick_torch`, its loop, by one block of 32 warps. A thread has the same rows all the time.
 extern "C" __global__ void __launch_bounds__(1024) pick_inside(
         const double* pairs, double* inside, long long rows, const double* limit,
         const long long* before, long long wanted, long long* picks) {
-    __shared__ double best_of[32];
-    __shared__ long long place_of[32];
+    __shared__ double greatest[32];
+    __shared__ long long places[32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     long long count = 0;
     for (; count < wanted; count++) {
-        double best = -2;  // below what any row has
-        long long place = rows;
+        double best = -2;  // less than any row has
+        long long pick = rows;
+        auto find_best = [&] {  // of a warp: the greatest, and of equals the lowest row
+            for (int other = 16; other; other /= 2) {
+                double value = __shfl_xor_sync(ALL, best, other);
+                long long place = __shfl_xor_sync(ALL, pick, other);
+                if (value > best || (value == best && place < pick)) { best = value; pick = place; }
+            }
+        };
         for (long long i = threadIdx.x; i < rows; i += blockDim.x)
-            if (inside[i] > best) { best = inside[i]; place = i; }
-        find_farthest(best, place);
-        if (lane == 0) { best_of[warp] = best; place_of[warp] = place; }
+            if (inside[i] > best) { best = inside[i]; pick = i; }
+        find_best();
+        if (lane == 0) { greatest[warp] = best; places[warp] = pick; }
         __syncthreads();
-        best = best_of[lane];
-        place = place_of[lane];
+        best = greatest[lane];
+        pick = places[lane];
         __syncthreads();  // all have read, before the next pick is written
-        find_farthest(best, place);
-        if (best < *limit || (best == *limit && place >= *before)) break;
-        if (threadIdx.x == 0) picks[count] = place;
+        find_best();
+        if (best < *limit || (best == *limit && pick >= *before)) break;
+        if (threadIdx.x == 0) picks[count] = pick;
         for (long long i = threadIdx.x; i < rows; i += blockDim.x)
-            inside[i] = i == place ? -1 : fmin(inside[i], pairs[place * rows + i]);
+            inside[i] = i == pick ? -1 : fmin(inside[i], pairs[pick * rows + i]);
     }
     if (threadIdx.x == 0) picks[rows] = count;
 }
@@ -1263,47 +1226,43 @@ extern "C" __global__ void __launch_bounds__(1024) pick_inside(
 
 
 def round_off(x: torch.Tensor):
-    """Returns f(x) = x in bfloat16, (n, D), |f(x)|^2, (n,), lowered for the rounding of a product,
-    and |x - f(x)|, (n,), raised for its own.
+    """Returns f(x) = x in bfloat16, |f(x)|^2, lowered for rounding, and |x - f(x)|, raised: a GPU
+    multiplies so short numbers many times as fast, and needs no axes.
 
-    A GPU multiplies such short numbers many times as fast, so that it needs no axes. By the
-    triangle inequality |q - b| >= |f(q) - f(b)| - |q - f(q)| - |b - f(b)|.
+    By the triangle inequality, |q - b| >= |f(q) - f(b)| - |q - f(q)| - |b - f(b)|.
     """
     margin = MARGIN * x.shape[1] ** 0.5
     short = x.bfloat16()
     squared = (1 - margin) * vector_norm(short.float(), dim=1).square()
-    error = (1 + margin) * vector_norm(x - short.float(), dim=1)
-    return short, squared, error
+    return short, squared, (1 + margin) * vector_norm(x - short.float(), dim=1)
 
 
 def multiply(short: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Multiplies bfloat16 (P, D) and (N, D), summed in float32: (P, N)."""
+    """Multiplies bfloat16 (P, D) and (N, D), and sums in float32: (P, N)."""
     try:
         return torch.mm(short, others.T, out_dtype=torch.float32)
-    except (NotImplementedError, TypeError):  # a processor, an older torch
+    except (TypeError, RuntimeError):  # an older torch, an older GPU
         return short.float() @ others.float().T
 
 
 def nearest_cupy(bank: MemoryBank, queries: torch.Tensor, k: int):
-    """Finds what `nearest_torch` finds: distances (P, k), but float64, and indices (P, k)."""
-    queries = queries.contiguous()
+    """Finds what `nearest_torch` finds, but the distances (P, k) are float64."""
     short, squared, error = bank.shorten(queries)
-    products = multiply(short, bank.short)  # (P, N)
-    of_queries = [products, squared, error]
-    of_rows = [bank.squared, bank.error, queries, bank.rows.contiguous()]
+    of_queries = [multiply(short, bank.short), squared, error]
+    of_rows = [bank.squared, bank.error, queries.contiguous(), bank.rows.contiguous()]
     distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
     indices = torch.empty_like(distances, dtype=torch.int64)
-    results = [*bank.rows.shape, k, distances, indices]
-    launch("find_nearest", len(queries), THREADS, of_queries + of_rows + results)
+    sizes = [*bank.rows.shape, k]
+    arguments = of_queries + of_rows + sizes + [distances, indices]
+    launch("find_nearest", len(queries), THREADS, arguments)
     return distances, indices
 
 
 def pick_cupy(vectors, distances, limit, before, wanted: int) -> torch.Tensor:
-    """Makes the picks of `pick_torch`, and waits once."""
+    """Makes the picks of `pick_torch`. It waits once."""
     count, columns = vectors.shape
     pairs = distances.new_empty(count, count)
-    tiles = (count + 15) // 16
-    launch("measure_pairs", tiles**2, 256, [vectors, count, columns, pairs])
+    launch("measure_pairs", count, 256, [vectors, columns, pairs])
     picks = before.new_empty(count + 1)  # the last one says how many there are
     most = min(wanted, count)
     launch("pick_inside", 1, 1024, [pairs, distances, count, limit, before, most, picks])
@@ -1311,19 +1270,20 @@ def pick_cupy(vectors, distances, limit, before, wanted: int) -> torch.Tensor:
 
 
 def launch(name: str, blocks: int, threads: int, arguments: list) -> None:
-    """Runs a kernel on the device and stream of its first argument. Tensors, which must be
-    contiguous, are passed by their address, and numbers as 64-bit integers."""
-    import cupy
+    """Runs a kernel on the device and the stream of its first argument. Contiguous tensors are
+    passed by their address, and numbers as 64-bit integers."""
+    from cupy.cuda import ExternalStream, Stream
 
     passed = [a.data_ptr() if torch.is_tensor(a) else a for a in arguments]
     with torch.cuda.device(arguments[0].device):
         stream = torch.cuda.current_stream()
-        if hasattr(cupy.cuda.Stream, "from_external"):
-            own_stream = cupy.cuda.Stream.from_external(stream)
+        if hasattr(Stream, "from_external"):
+            own_stream = Stream.from_external(stream)
         else:
-            own_stream = cupy.cuda.ExternalStream(stream.cuda_stream)
-        with own_stream:
-            cuda_kernels()[name]((blocks,), (threads,), tuple(passed))
+            own_stream = ExternalStream(stream.cuda_stream)
+        if blocks:
+            with own_stream:
+                cuda_kernels()[name]((blocks,), (threads,), tuple(passed))
 
 
 @cache
@@ -1332,15 +1292,14 @@ def cuda_kernels():
     try:
         import cupy
 
-        module = cupy.RawModule(code=SEARCH_CUDA + CORESET_CUDA)
+        module = cupy.RawModule(code=CUDA)
         module.compile()
-        names = ("find_nearest", "measure_pairs", "pick_inside")
-        return {name: module.get_function(name) for name in names}
+        return {n: module.get_function(n) for n in ("find_nearest", "measure_pairs", "pick_inside")}
     except Exception as error:  # no wheel, no driver, no compiler: each fails in its own way
         toolkit = (torch.version.cuda or "13").split(".")[0]
         note(
-            f"CuPy cannot be used ({error}): search and coreset run in plain torch; what fits this "
-            f"torch comes by: pip install cupy-cuda{toolkit}x"
+            f"CuPy cannot be used ({error}): search and coreset run in plain torch; for this torch: "
+            f"pip install cupy-cuda{toolkit}x"
         )
         return None
 

@@ -21,10 +21,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("source", ["SEARCH_CUDA", "CORESET_CUDA"])
-def test_kernel_compiles(source, architecture):
+def test_kernels_compile(architecture):
     nvrtc = pytest.importorskip("cupy", reason="needs CuPy, for its NVRTC").cuda.nvrtc
-    program = nvrtc.createProgram(getattr(common, source), "kernel.cu", (), ())
+    program = nvrtc.createProgram(common.CUDA, "kernel.cu", (), ())
     try:
         nvrtc.compileProgram(program, (f"--gpu-architecture={architecture}",))
     except nvrtc.NVRTCError:
@@ -51,7 +50,7 @@ extern "C" int run_{name}(unsigned blocks, unsigned threads, bool backwards, {de
 def library(tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("needs g++ to run the kernels on the processor")
-    return build(tmp_path_factory.mktemp("kernels"), common.SEARCH_CUDA + common.CORESET_CUDA)
+    return build(tmp_path_factory.mktemp("kernels"), common.CUDA)
 
 
 @pytest.fixture(params=["forwards", "backwards"])
@@ -106,7 +105,7 @@ def test_search_on_the_processor(kernels, generator, rows, columns, k):
 @pytest.mark.parametrize("k", [1, 5])
 @pytest.mark.parametrize("scale", [1e-12, 1, 1e12])
 def test_hard_rows_on_the_processor(kernels, generator, scale, k):
-    """Rows far from the origin; close ones far from all others; hundreds of equal ones; all alike."""
+    """Rows far from the origin, close together, hundreds of equal ones, and all alike."""
     far = torch.randn(300, 8, generator=generator) + 1000
     check_search(scale * far[:3], scale * far, k)
     clusters = torch.randn(10, 8, generator=generator).repeat(40, 1)
