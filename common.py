@@ -760,39 +760,25 @@ class MemoryBank:
         self.center = sample.mean(dim=0)  # (D,)
         self.rounded = uses_cupy(backend, rows)  # f(x) is then that of `round_off`
         self.axes = None if self.rounded else useful_axes(sample, self.center)  # (D, m)
-        parts = [self.shorten(part) for part in self.rows.split(ROWS)]
-        self.short = torch.cat([short for short, _, _ in parts])  # f(b): (N, m + 1)
-        self.error = torch.cat([error for _, _, error in parts])  # |b - f(b)|, raised: (N,)
-        squared = torch.cat([squared for _, squared, _ in parts])  # |f(b)|^2, lowered: (N,)
-        # Infinity completes the last group: no row is there.
-        self.squared = nn.functional.pad(squared, (0, -len(rows) % GROUP), value=torch.inf)
+        self.shorten = round_off if self.rounded else partial(shorten, axes=self.axes)
+        parts = [self.shorten(part - self.center) for part in self.rows.split(ROWS)]
+        # f(b), (N, m + 1); |f(b)|^2, lowered for rounding, (N,); and |b - f(b)|, raised, (N,)
+        columns = zip(*parts, strict=True)
+        self.short, self.squared, self.error = map(torch.cat, columns)
 
     def only(self, keep: torch.Tensor) -> "MemoryBank":
         """Returns the bank of the rows where `keep`, (N,) bool, is True. It copies no row."""
         part = copy.copy(self)
-        part.squared = self.squared.clone()
-        part.squared[: len(keep)].masked_fill_(~keep, torch.inf)  # the others are never near
+        part.squared = self.squared.masked_fill(~keep, torch.inf)  # the others are never near
         return part
-
-    def shorten(self, x: torch.Tensor):
-        """Returns f(x), |f(x)|^2, lowered, and |x - f(x)|, raised where x is rounded off."""
-        if self.rounded:
-            return round_off(x - self.center)
-        short, squared = shorten(x - self.center, self.axes)
-        return short, squared, torch.zeros_like(squared)
 
     def lower_bounds(self, queries: torch.Tensor) -> torch.Tensor:
         """Returns for queries (P, D) what no squared distance is below, by one product: (P, N), and
         infinity in as many columns more as complete the last group."""
-        short, squared, error = self.shorten(queries)
-        bounds = squared[:, None] + self.squared  # |f(q)|^2 + |f(b)|^2, lowered
-        of_rows = bounds[:, : len(self.rows)]
-        if self.rounded:
-            of_rows -= 2 * multiply(short, self.short)
-            of_rows.clamp_(min=0).sqrt_().sub_(error[:, None]).sub_(self.error)
-            of_rows.clamp_(min=0).square_()
-        else:
-            of_rows.addmm_(short, self.short.T, alpha=-2)
+        short, squared, _ = self.shorten(queries - self.center)
+        missing = -len(self.rows) % GROUP
+        bounds = squared[:, None] + nn.functional.pad(self.squared, (0, missing), value=torch.inf)
+        bounds[:, : len(self.rows)].addmm_(short, self.short.T, alpha=-2)
         return bounds
 
     def nearest(self, queries: torch.Tensor, k=1):
@@ -803,9 +789,12 @@ class MemoryBank:
         count = int(self.squared.isfinite().sum())
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}: expected 1 to {count}, the rows of the bank")
+        if self.rounded and not uses_cupy(self.backend, self.rows, k):
+            bank = MemoryBank(self.rows, "torch")  # for more neighbors than a kernel finds
+            return bank.only(self.squared.isfinite()).nearest(queries, k)
+        search = nearest_cupy if self.rounded else nearest_torch
         block_size = max(1, most_bounds(self.rows.device) // len(self.rows))
         own_queries = queries.detach().to(self.rows.device)
-        search = nearest_cupy if uses_cupy(self.backend, self.rows, k) else nearest_torch
         blocks = [search(self, block, k) for block in own_queries.split(block_size)]
         distances = torch.cat([block_distances.float() for block_distances, _ in blocks])
         indices = torch.cat([block_indices for _, block_indices in blocks])
@@ -863,7 +852,7 @@ def useful_axes(sample: torch.Tensor, center: torch.Tensor):
     centered = sample - center
     _, _, axes = torch.pca_lowrank(centered.cpu(), count, center=False)
     axes = axes.to(sample.device)
-    short, _ = shorten(centered, axes)
+    short, _, _ = shorten(centered, axes)
     distances = torch.cdist(centered[::32], centered[1::2])
     bounds = torch.cdist(short[::32], short[1::2])
     left = bounds <= distances.amin(dim=1, keepdim=True)
@@ -871,15 +860,17 @@ def useful_axes(sample: torch.Tensor, center: torch.Tensor):
 
 
 def shorten(x: torch.Tensor, axes):
-    """Returns f(x), (n, m + 1), and |x|^2, (n,), lowered for rounding. x counts from the center."""
+    """Returns of x, (n, D), which counts from the center: f(x), (n, m + 1), |x|^2, lowered for
+    rounding, and zero for |x - f(x)|, as `round_off` has it."""
     margin = MARGIN * x.shape[1] ** 0.5
     squared = (1 - margin) * vector_norm(x, dim=1).square()
+    none = torch.zeros_like(squared)
     if axes is None:
-        return x, squared
+        return x, squared, none
     along = x @ axes  # Px
     rest = x - along @ axes.T
     left_out = vector_norm(rest, dim=1, keepdim=True)  # r(x)
-    return torch.cat([along, left_out], dim=1), squared
+    return torch.cat([along, left_out], dim=1), squared, none
 
 
 def measure(queries, rows, query, row, dtype=torch.float32):
@@ -985,7 +976,8 @@ def meet(rows, new, count: int, distances, assignment, backend) -> None:
     It brings distances, (N,) float64, and assignment, (N,), up to date.
     """
     picks = MemoryBank(rows[new], backend)
-    block_size = BLOCK if rows.device.type == "cpu" else most_bounds(rows.device) // len(new)
+    most_rows = BLOCK if rows.device.type == "cpu" else 64 * BLOCK
+    block_size = max(1, min(most_rows, most_bounds(rows.device) // len(new)))
     for start in range(0, len(rows), block_size):
         part = slice(start, start + block_size)
         measured, pick = nearest_pick(picks, rows[part], distances[part])
@@ -1042,13 +1034,11 @@ def farthest_rows(rows, distances, wanted: int, backend) -> torch.Tensor:
 
 
 def pick_torch(vectors, distances, limit, before, wanted: int) -> list[int]:
-    """Makes up to `wanted` greedy picks among n vectors (n, D), whose distances, (n,), are those to
-    the earlier picks. It ends at the limit, or if one that is at the limit is not among the first.
-
-    All pairs are measured once, so that a pick takes n steps and not n * D.
-    """
+    """Makes up to `wanted` greedy picks among vectors (n, D), with distances (n,) float64 to earlier
+    picks. It ends when the best is below the limit, or at it and not one of the first `before`."""
     doubles = vectors.double().cpu().numpy()
     inside = distances.cpu().numpy()
+    limit = float(limit)
     picks = []
     while len(picks) < wanted:  # algorithm 1, lines 2 to 4, on the frontier alone
         pick = int(inside.argmax())
@@ -1247,7 +1237,7 @@ def multiply(short: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 def nearest_cupy(bank: MemoryBank, queries: torch.Tensor, k: int):
     """Finds what `nearest_torch` finds, but the distances (P, k) are float64."""
-    short, squared, error = bank.shorten(queries)
+    short, squared, error = bank.shorten(queries - bank.center)
     of_queries = [multiply(short, bank.short), squared, error]
     of_rows = [bank.squared, bank.error, queries.contiguous(), bank.rows.contiguous()]
     distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
@@ -1298,8 +1288,8 @@ def cuda_kernels():
     except Exception as error:  # no wheel, no driver, no compiler: each fails in its own way
         toolkit = (torch.version.cuda or "13").split(".")[0]
         note(
-            f"CuPy cannot be used ({error}): search and coreset run in plain torch; for this torch: "
-            f"pip install cupy-cuda{toolkit}x"
+            f"CuPy cannot be used ({error}): search and coreset run in plain torch; what fits this "
+            f"torch: pip install cupy-cuda{toolkit}x"
         )
         return None
 
