@@ -1023,19 +1023,18 @@ def farthest_rows(rows, distances, wanted: int, backend) -> torch.Tensor:
     if wanted == 0:
         return distances[:0].long()
     inside = min(FRONTIER, len(rows) - 1)  # one row at least stays outside
-    at_least = distances.topk(inside + 1).values[-1]
-    far = (distances >= at_least).nonzero()[:, 0]
+    limit = distances.topk(inside + 1).values[-1]  # of the farthest row outside
+    far = (distances >= limit).nonzero()[:, 0]
     farthest = far[distances[far].argsort(descending=True, stable=True)]
     frontier = farthest[:inside].sort().values
-    outside = farthest[inside]  # the farthest row outside, of equals the lowest
-    before = torch.searchsorted(frontier, outside)  # so many rows inside are lower than it
+    before = torch.searchsorted(frontier, farthest[inside])  # so many rows inside are lower
     pick = pick_cupy if uses_cupy(backend, rows) else pick_torch
-    return frontier[pick(rows[frontier], distances[frontier], distances[outside], before, wanted)]
+    return frontier[pick(rows[frontier], distances[frontier], limit, before, wanted)]
 
 
 def pick_torch(vectors, distances, limit, before, wanted: int) -> list[int]:
-    """Makes up to `wanted` greedy picks among vectors (n, D), with distances (n,) float64 to earlier
-    picks. It ends when the best is below the limit, or at it and not one of the first `before`."""
+    """Makes up to `wanted` greedy picks among vectors (n, D), whose distances so far are (n,)
+    float64. It ends when the best is below the limit, or at it and none of the first `before`."""
     doubles = vectors.double().cpu().numpy()
     inside = distances.cpu().numpy()
     limit = float(limit)
