@@ -763,8 +763,7 @@ class MemoryBank:
         self.shorten = round_off if self.rounded else partial(shorten, axes=self.axes)
         parts = [self.shorten(part - self.center) for part in self.rows.split(ROWS)]
         # f(b), (N, m + 1); |f(b)|^2, lowered for rounding, (N,); and |b - f(b)|, raised, (N,)
-        columns = zip(*parts, strict=True)
-        self.short, self.squared, self.error = map(torch.cat, columns)
+        self.short, self.squared, self.error = map(torch.cat, zip(*parts, strict=True))
 
     def only(self, keep: torch.Tensor) -> "MemoryBank":
         """Returns the bank of the rows where `keep`, (N,) bool, is True. It copies no row."""
@@ -807,9 +806,11 @@ def nearest_torch(bank: MemoryBank, queries: torch.Tensor, k: int):
     least = groups.amin(dim=2)  # (P, N / GROUP), in a tenth of the time of `topk`
     # Measure the k rows that look nearest: no neighbor is farther than the farthest of them. They
     # are in the k groups with the least bounds.
-    likely = least.topk(min(k, least.shape[1]), largest=False).indices[:, :, None]  # (P, g, 1)
-    smallest, place = torch.take_along_dim(groups, likely, dim=1).flatten(1).topk(k, largest=False)
-    first_rows = likely[:, :, 0].gather(1, place // GROUP) * GROUP + place % GROUP  # (P, k)
+    likely = least.topk(min(k, least.shape[1]), largest=False).indices  # (P, g)
+    inside = torch.take_along_dim(groups, likely[:, :, None], dim=1)  # (P, g, GROUP)
+    smallest, place = inside.flatten(1).topk(k, largest=False)  # (P, k)
+    first_groups = likely.gather(1, place // GROUP)
+    first_rows = first_groups * GROUP + place % GROUP
     number = torch.arange(len(queries), device=queries.device)  # (P,)
     repeated = number.repeat_interleave(k)
     measured = measure(queries, bank.rows, repeated, first_rows.flatten())
@@ -819,7 +820,8 @@ def nearest_torch(bank: MemoryBank, queries: torch.Tensor, k: int):
     limit = torch.maximum(farthest.square(), smallest[:, -1])
     limit = limit.clamp(max=torch.finfo(limit.dtype).max)[:, None]
     in_query, group = (least <= limit).nonzero().unbind(dim=1)  # (groups left,)
-    which, place = (groups[in_query, group] <= limit[in_query]).nonzero().unbind(dim=1)
+    is_left = groups[in_query, group] <= limit[in_query]  # (groups left, GROUP)
+    which, place = is_left.nonzero().unbind(dim=1)
     query = in_query[which]  # (pairs,), ascending
     row = group[which] * GROUP + place
     distances = measure(queries, bank.rows, query, row)
@@ -929,21 +931,17 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     algorithm 1).
 
     The features are (N, D) float32, and the size is 1 to N. Returns indices (size,) int64, in the
-    order picked. The first row is drawn from `seed`; each next one is the row farthest from all
-    picked so far, and of equals the one of the lowest index. Distances are measured in float64. If
-    `with_cover` is True, returns the picks and two more tensors, all on the features' device: the
-    assignment (N,) int64, the number of the pick that is nearest to each row, the earliest of
-    equals, and the distances (N,) float32 to it. Raises ValueError for another size, and for what
-    `check_rows` refuses.
+    order picked: the first is drawn from `seed`, and each next row is the farthest from all picked
+    so far, by float64, and of equals the lowest. If `with_cover` is True, returns the indices, the
+    assignment (N,) int64, which says the number of the pick that is nearest to each row, the
+    earliest of equals, and the distances (N,) float32 to it. All are on the features' device.
+    Raises ValueError for another size, and for what `check_rows` refuses.
 
     The obvious loop reads all N rows at each pick. This one makes the same picks and rarely looks
-    at most rows, because a row's distance to the picked ones can only shrink:
-
-        d(row, picked now) <= d(row, picked earlier)
-
-    So put aside the FRONTIER of the farthest rows, and pick inside it alone; as long as the best
-    of it is farther than the farthest row outside was at the start, no row outside can win. When
-    that ends, all rows meet the new picks at once, and a new frontier is drawn.
+    at most rows, because a row's distance to the picked ones can only shrink. So put aside the
+    FRONTIER of the farthest rows, and pick inside it alone; as long as the best of it is farther
+    than the farthest row outside was at the start, no row outside can win. When that ends, all rows
+    meet the new picks at once, and a new frontier is drawn.
     """
     check_rows("features", features)
     if not 1 <= size <= len(features):
@@ -964,17 +962,14 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
             picks = torch.cat([picks, new])
             bar.update(len(new))
             new = farthest_rows(rows, distances, size - len(picks), backend)
-    if not with_cover:
-        return picks.to(device)
-    cover = distances.clamp(min=0).float()
-    return picks.to(device), assignment.to(device), cover.to(device)
+    covered = distances.clamp(min=0).float()
+    cover = picks.to(device), assignment.to(device), covered.to(device)
+    return cover if with_cover else cover[0]
 
 
 def meet(rows, new, count: int, distances, assignment, backend) -> None:
-    """Updates the min of algorithm 1, line 3, when the picks `new` come after `count` others.
-
-    It brings distances, (N,) float64, and assignment, (N,), up to date.
-    """
+    """Brings the min of algorithm 1, line 3, up to date when the picks `new` come after `count`
+    others: the distances (N,) float64, and the assignment (N,)."""
     picks = MemoryBank(rows[new], backend)
     most_rows = BLOCK if rows.device.type == "cpu" else 64 * BLOCK
     block_size = max(1, min(most_rows, most_bounds(rows.device) // len(new)))
