@@ -108,7 +108,7 @@ def fit(
     # differs from the paper: start: its code first picks the row that is farthest from ten random
     # rows on average. Here the first pick is drawn from the seed.
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
-    picks = cover[0]
+    picks, _, _ = cover
     bank = rows[picks.to(rows.device)].cpu()  # M_C
     small = small_images(images, room=max(10 * 2**20, bank.nbytes // 5))
     state = dict(

@@ -33,7 +33,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import timeit
 import unicodedata
 import warnings
 import zipfile
@@ -60,7 +59,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scipy import ndimage, stats
+from scipy import ndimage, spatial, stats
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
@@ -845,17 +844,18 @@ def enlarging(length: int, side: int, sigma: float) -> torch.Tensor:
 # Vectors go in; the exact distances to the nearest rows of a memory bank come out. Read
 # `plain_nearest_neighbors` first, then `MemoryBank`, which finds the same and measures few rows.
 
-NUM_AXES = 128  # m of `MemoryBank`
+NUM_AXES = 128  # m of `MemoryBank` at most
 ROWS = 2048  # so many rows are prepared at a time
+GROUP = 64  # of so many neighboring bounds only the least is looked at first
 BOUNDS = 2**22  # so many bounds are held at a time: they take 16 MiB
 MARGIN = 8 * torch.finfo(torch.float32).eps  # see `MemoryBank`
+DIFFERENCES = "donot_use_mm_for_euclid_dist"  # for torch.cdist, as a product loses digits
 
 
 def plain_nearest_neighbors(queries, bank, k=1):
     """Finds what `nearest_neighbors` finds, by the definition, in float64, with all pairs in
     memory."""
-    mode = "donot_use_mm_for_euclid_dist"  # it takes differences, as a product loses digits
-    distances = torch.cdist(queries.double(), bank.double(), compute_mode=mode)  # (Q, N)
+    distances = torch.cdist(queries.double(), bank.double(), compute_mode=DIFFERENCES)  # (Q, N)
     nearest = distances.sort(dim=1, stable=True)  # of equals the lowest row comes first
     return nearest.values[:, :k], nearest.indices[:, :k]
 
@@ -870,7 +870,8 @@ def nearest_neighbors(queries, bank, k=1, backend="auto"):
     1..N, other shapes or dtypes, NaN or infinity, and for a backend that is not there or cannot
     find that many. It prepares the bank at each call: a `MemoryBank` is prepared once.
     """
-    return MemoryBank(bank.to(queries.device), backend).nearest(queries, k)
+    queries = torch.as_tensor(queries)
+    return MemoryBank(torch.as_tensor(bank).to(queries.device), backend).nearest(queries, k)
 
 
 class MemoryBank:
@@ -887,7 +888,7 @@ class MemoryBank:
     Measure the k rows that look nearest by this bound. No row whose bound is above the k-th of
     their distances can be one of the k nearest, and on features of real images only a handful of
     rows is left to measure. Where the axes would leave too many, f(x) = x: the bound is then the
-    distance itself, by the plain product.
+    distance itself, by the plain product. The kernels of chapter 5 have an f(x) of their own.
 
     The squared bound |f(q)|^2 + |f(b)|^2 - 2 f(q).f(b) is rounded by about
     eps * sqrt(D) * (|q|^2 + |b|^2), because the errors of a sum add up like a random walk (Higham
@@ -895,18 +896,21 @@ class MemoryBank:
     errors conspire. Coarser products (torch.set_float32_matmul_precision) may lose a neighbor.
     """
 
+    @exact()
     def __init__(self, rows: torch.Tensor, backend="auto"):
-        check_rows("bank", rows)
-        self.rows = rows.detach()  # (N, D)
+        self.rows = torch.as_tensor(rows).detach()  # (N, D)
+        check_rows("bank", self.rows)
         self.backend = backend
         # An odd step, so that the sample does not hit the same patch position in every image.
         step = len(rows) // 2048 | 1
         sample = self.rows[::step]  # (1366 to 4095, D), or all rows if they are fewer
         self.center = sample.mean(dim=0)  # (D,)
-        self.axes = useful_axes(sample, self.center)  # (D, m)
-        parts = [shorten(part - self.center, self.axes) for part in self.rows.split(ROWS)]
-        self.short = torch.cat([short for short, _ in parts])  # f(b): (N, m + 1)
-        self.squared = torch.cat([squared for _, squared in parts])  # |b|^2, lowered: (N,)
+        self.rounded = uses_cupy(backend, rows)  # f(x) is then that of `round_off`
+        self.axes = None if self.rounded else useful_axes(sample, self.center)  # (D, m)
+        self.shorten = round_off if self.rounded else partial(shorten, axes=self.axes)
+        parts = [self.shorten(part - self.center) for part in self.rows.split(ROWS)]
+        # f(b), (N, m + 1); |f(b)|^2, lowered for rounding, (N,); and |b - f(b)|, raised, (N,)
+        self.short, self.squared, self.error = map(torch.cat, zip(*parts, strict=True))
 
     def only(self, keep: torch.Tensor) -> "MemoryBank":
         """Returns the bank of the rows where `keep`, (N,) bool, is True. It copies no row."""
@@ -915,91 +919,120 @@ class MemoryBank:
         return part
 
     def lower_bounds(self, queries: torch.Tensor) -> torch.Tensor:
-        """Returns for queries (P, D) what no squared distance is below, (P, N), by one product."""
-        short, squared = shorten(queries - self.center, self.axes)
-        bounds = squared[:, None] + self.squared  # |f(q)|^2 + |f(b)|^2, lowered
-        return bounds.addmm_(short, self.short.T, alpha=-2)
+        """Returns for queries (P, D) what no squared distance is below, by one product: (P, N), and
+        infinity in as many columns more as complete the last group."""
+        short, squared, _ = self.shorten(queries - self.center)
+        missing = -len(self.rows) % GROUP
+        bounds = squared[:, None] + nn.functional.pad(self.squared, (0, missing), value=torch.inf)
+        bounds[:, : len(self.rows)].addmm_(short, self.short.T, alpha=-2)
+        return bounds
 
+    @exact()
     def nearest(self, queries: torch.Tensor, k=1):
         """Returns what `nearest_neighbors` returns. The indices count all rows."""
+        queries = torch.as_tensor(queries)
         check_rows("queries", queries)
         if queries.shape[1] != self.rows.shape[1]:
             raise ValueError(f"queries: {queries.shape[1]} columns, the bank {self.rows.shape[1]}")
         count = int(self.squared.isfinite().sum())
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}: expected 1 to {count}, the rows of the bank")
-        block_size = max(1, BOUNDS // len(self.rows))
+        if self.rounded and not uses_cupy(self.backend, self.rows, k):
+            bank = MemoryBank(self.rows, "torch")  # for more neighbors than a kernel finds
+            return bank.only(self.squared.isfinite()).nearest(queries, k)
+        search = nearest_cupy if self.rounded else nearest_torch
+        block_size = max(1, most_bounds(self.rows.device) // len(self.rows))
         own_queries = queries.detach().to(self.rows.device)
-        blocks = [self.search(block, k) for block in own_queries.split(block_size)]
-        distances = torch.cat([block_distances for block_distances, _ in blocks])
+        blocks = [search(self, block, k) for block in own_queries.split(block_size)]
+        distances = torch.cat([block_distances.float() for block_distances, _ in blocks])
         indices = torch.cat([block_indices for _, block_indices in blocks])
         return distances.to(queries.device), indices.to(queries.device)
 
-    def search(self, queries: torch.Tensor, k: int):
-        """Finds the k nearest rows of a few queries (P, D): distances and indices, (P, k)."""
-        bounds = self.lower_bounds(queries)  # (P, N)
-        # Measure the k rows that look nearest: no neighbor is farther than the farthest of them.
-        if uses_cupy(self.backend, bounds, k):
-            smallest, first_rows = smallest_cupy(bounds, k)  # (P, k)
-        elif k == 1:
-            smallest, first_rows = bounds.min(dim=1, keepdim=True)  # as topk, in half the time
-        else:
-            smallest, first_rows = bounds.topk(k, largest=False)
-        number = torch.arange(len(queries), device=bounds.device)  # (P,)
-        repeated = number.repeat_interleave(k)
-        measured = measure(queries, self.rows, repeated, first_rows.flatten())
-        farthest = measured.view(smallest.shape).amax(dim=1)  # (P,)
-        # Do the plain search's first step for the pairs that the bound does not exclude. These are
-        # at least the k rows of each query, and no hidden row.
-        limit = torch.maximum(farthest.square(), smallest[:, -1])
-        limit = limit.clamp(max=torch.finfo(limit.dtype).max)
-        query, row = (bounds <= limit[:, None]).nonzero().unbind(dim=1)  # (pairs,), by query
-        distances = measure(queries, self.rows, query, row)
-        # Do the plain search's second step: sort by distance, and then by query. Of equals the
-        # lowest row stays first.
-        by_distance = distances.argsort(stable=True)
-        in_queries = query[by_distance].argsort(stable=True)
-        order = by_distance[in_queries]
-        start = torch.searchsorted(query, number)  # where each query's pairs begin
-        nearest = order[start[:, None] + torch.arange(k, device=order.device)]  # (P, k)
-        return distances[nearest], row[nearest]
+
+def nearest_torch(bank: MemoryBank, queries: torch.Tensor, k: int):
+    """Finds the k nearest rows of a few queries (P, D): distances and indices, (P, k)."""
+    groups = bank.lower_bounds(queries).unflatten(1, (-1, GROUP))  # (P, N / GROUP, GROUP)
+    least = groups.amin(dim=2)  # (P, N / GROUP), in a tenth of the time of `topk`
+    # Measure the k rows that look nearest: no neighbor is farther than the farthest of them. They
+    # are in the k groups with the least bounds.
+    likely = least.topk(min(k, least.shape[1]), largest=False).indices  # (P, g)
+    inside = torch.take_along_dim(groups, likely[:, :, None], dim=1)  # (P, g, GROUP)
+    smallest, place = inside.flatten(1).topk(k, largest=False)  # (P, k)
+    first_groups = likely.gather(1, place // GROUP)
+    first_rows = first_groups * GROUP + place % GROUP
+    number = torch.arange(len(queries), device=queries.device)  # (P,)
+    repeated = number.repeat_interleave(k)
+    measured = measure(queries, bank.rows, repeated, first_rows.flatten())
+    farthest = measured.view(smallest.shape).amax(dim=1)  # (P,)
+    # Do the plain search's first step for the pairs that the bound does not exclude. These are at
+    # least the k rows of each query, and no hidden row.
+    limit = torch.maximum(farthest.square(), smallest[:, -1])
+    limit = limit.clamp(max=torch.finfo(limit.dtype).max)[:, None]
+    in_query, group = (least <= limit).nonzero().unbind(dim=1)  # (groups left,)
+    is_left = groups[in_query, group] <= limit[in_query]  # (groups left, GROUP)
+    which, place = is_left.nonzero().unbind(dim=1)
+    query = in_query[which]  # (pairs,), ascending
+    row = group[which] * GROUP + place
+    distances = measure(queries, bank.rows, query, row)
+    # Do the plain search's second step: sort by distance, and then by query. Of equals the lowest
+    # row stays first.
+    by_distance = distances.argsort(stable=True)
+    in_queries = query[by_distance].argsort(stable=True)
+    order = by_distance[in_queries]
+    start = torch.searchsorted(query, number)  # where each query's pairs begin
+    nearest = order[start[:, None] + torch.arange(k, device=order.device)]  # (P, k)
+    return distances[nearest], row[nearest]
 
 
+def most_bounds(device: torch.device) -> int:
+    """Returns how many bounds are held at a time: on a GPU more, and an eighth of what is free."""
+    if device.type != "cuda":
+        return BOUNDS
+    free, _ = torch.cuda.mem_get_info(device)  # bytes, 4 for each bound
+    return min(32 * BOUNDS, free // 32)
+
+
+@undisturbed()
 def useful_axes(sample: torch.Tensor, center: torch.Tensor):
     """Returns the principal axes (D, m) around a center, or None if they would save nothing.
 
     To measure a row that the bound leaves costs about as much as 25 products of D columns.
     """
-    if len(sample) < 1024 or sample.shape[1] < 4 * NUM_AXES:
+    count = min(NUM_AXES, sample.shape[1] // 3)
+    if len(sample) < 1024 or count < 16:
         return None
     centered = sample - center
-    _, _, axes = torch.pca_lowrank(centered.cpu(), NUM_AXES, center=False)
+    torch.manual_seed(0)
+    _, _, axes = torch.pca_lowrank(centered.cpu(), count, center=False)
     axes = axes.to(sample.device)
-    short, _ = shorten(centered, axes)
+    short, _, _ = shorten(centered, axes)
     distances = torch.cdist(centered[::32], centered[1::2])
     bounds = torch.cdist(short[::32], short[1::2])
     left = bounds <= distances.amin(dim=1, keepdim=True)
-    return axes if left.float().mean() < 0.04 else None
+    saved = 1 - count / sample.shape[1]  # of the product of D columns
+    return axes if 25 * left.float().mean() < saved else None
 
 
 def shorten(x: torch.Tensor, axes):
-    """Returns f(x), (n, m + 1), and |x|^2, (n,), lowered for rounding. x counts from the center."""
+    """Returns of x, (n, D), which counts from the center: f(x), (n, m + 1), |x|^2, lowered for
+    rounding, and zero for |x - f(x)|, as `round_off` has it."""
     margin = MARGIN * x.shape[1] ** 0.5
     squared = (1 - margin) * vector_norm(x, dim=1).square()
+    none = torch.zeros_like(squared)
     if axes is None:
-        return x, squared
+        return x, squared, none
     along = x @ axes  # Px
     rest = x - along @ axes.T
     left_out = vector_norm(rest, dim=1, keepdim=True)  # r(x)
-    return torch.cat([along, left_out], dim=1), squared
+    return torch.cat([along, left_out], dim=1), squared, none
 
 
-def measure(queries, rows, query, row):
-    """Measures |queries[query] - rows[row]| for pairs, (pairs,) float32, by their differences."""
+def measure(queries, rows, query, row, dtype=torch.float32):
+    """Measures |queries[query] - rows[row]| for pairs, (pairs,), by their differences."""
     step = 256 if queries.device.type == "cpu" else 2**16  # what stays in the processor's cache
     distances = []
     for part_query, part_row in zip(query.split(step), row.split(step), strict=True):
-        difference = rows.index_select(0, part_row)
+        difference = rows.index_select(0, part_row).to(dtype)
         difference -= queries.index_select(0, part_query)
         distances.append(vector_norm(difference, dim=1))
     return torch.cat(distances)
@@ -1019,9 +1052,8 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
 # Patch features go in; the indices of a few that cover them all come out, in the order picked. Read
 # `plain_greedy_coreset` first, then `greedy_coreset`, which makes the same picks in less time.
 
-FRONTIER = 512  # so many rows are put aside at most
-PICKS = 256  # so many of them are picked at most
-BLOCK = 8192  # so many rows meet the new picks at a time
+FRONTIER = 512  # so many of the farthest rows are put aside
+BLOCK = 4096  # so many rows meet the new picks at a time on a CPU
 
 
 def plain_greedy_coreset(features, size: int, first: int) -> list[int]:
@@ -1046,234 +1078,341 @@ def plain_greedy_coreset(features, size: int, first: int) -> list[int]:
     return picks
 
 
-class Coreset(NamedTuple):
-    """Holds what k-center greedy picks of N rows, and how its picks cover them."""
-
-    picks: torch.Tensor  # (size,) int64, rows in the order picked
-    assignment: torch.Tensor  # (N,) int64, the number of the pick that is nearest to each row
-    distances: torch.Tensor  # (N,) float32, to that pick
-
-
+@exact()
 def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     """Picks rows that lie far apart, by k-center greedy (Sener and Savarese 2018; PatchCore,
     algorithm 1).
 
     The features are (N, D) float32, and the size is 1 to N. Returns indices (size,) int64, in the
-    order picked. The first row is drawn from `seed`; each next one is the row farthest from all
-    picked so far, and of equals the one of the lowest index. Distances are measured in float64, by
-    CuPy in float32. If `with_cover` is True, returns a `Coreset`: of equally near picks a row is
-    assigned to the earliest, but among those that one frontier adds together to the one whose bound
-    is least. Raises ValueError for another size, and for what `check_rows` refuses.
+    order picked: the first is drawn from `seed`, and each next row is the farthest from all picked
+    so far, by float64, and of equals the lowest. If `with_cover` is True, returns the indices, the
+    assignment (N,) int64, which says the number of the pick that is nearest to each row, the
+    earliest of equals, and the distances (N,) float32 to it. All are on the features' device.
+    Raises ValueError for another size, and for what `check_rows` refuses.
 
     The obvious loop reads all N rows at each pick. This one makes the same picks and rarely looks
-    at most rows, because a row's distance to the picked ones can only shrink:
-
-        d(row, picked now) <= d(row, picked earlier)
-
-    So put aside the FRONTIER of the farthest rows, and pick inside it alone; as long as the best
-    of it is at least as far as the farthest row outside was at the start, no row outside can win.
-    When that ends, all rows meet the new picks at once, and a new frontier is drawn.
+    at most rows, because a row's distance to the picked ones can only shrink. So put aside the
+    FRONTIER of the farthest rows, and pick inside it alone; as long as the best of it is farther
+    than the farthest row outside was at the start, no row outside can win. When that ends, all rows
+    meet the new picks at once, and a new frontier is drawn.
     """
+    features = torch.as_tensor(features)
     check_rows("features", features)
     if not 1 <= size <= len(features):
         raise ValueError(f"size is {size}: expected 1 to {len(features)}, the number of features")
     draw = torch.Generator().manual_seed(seed)
     first = torch.randint(len(features), (1,), generator=draw)
-    cover = coreset_cupy if uses_cupy(backend, features) else coreset_torch
-    coreset = cover(features.detach(), size, first)
-    return coreset if with_cover else coreset.picks
-
-
-def coreset_torch(features, size: int, first: torch.Tensor) -> Coreset:
-    """Makes the `Coreset` of `greedy_coreset` in plain torch, on the features' device."""
-    rows = features.cpu() if features.device.type == "mps" else features  # MPS has no float64
-    squared = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
-    assignment = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-    picks = first[:0].to(rows.device)
-    new = first.to(rows.device)
-    seconds = coreset_duration(rows, size)
-    if seconds >= 600:
-        note(
-            f"the coreset takes about {seconds / 60:.0f} minutes: a tenth of the picks (see "
-            "--coreset) takes a quarter to a tenth of that"
-        )
-    form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} picks{postfix}"
-    with progress(description="coreset", total=size, bar_format=form) as bar:
-        while len(picks) < size:
-            meet(rows, new, len(picks), squared, assignment)
-            squared[new] = -1.0  # a pick is no candidate
-            picks = torch.cat([picks, new])
-            left = seconds * (1 - len(picks) / size)
-            bar.set_postfix_str(f"about {left:.0f} s left", refresh=False)
-            bar.update(len(new))
-            new = farthest_rows(rows, squared, size - len(picks))
-    distances = squared.clamp_(min=0).sqrt_().float()
     device = features.device
-    return Coreset(picks.to(device), assignment.to(device), distances.to(device))
+    rows = features.detach()
+    rows = rows.cpu() if device.type == "mps" else rows  # MPS has no float64
+    distances = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
+    assignment = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    new = first.to(rows.device)
+    picks = new[:0]
+    with progress(description="coreset", total=size) as bar:
+        while len(new):
+            meet(rows, new, len(picks), distances, assignment, backend)
+            distances[new] = -1.0  # a pick is no candidate
+            picks = torch.cat([picks, new])
+            bar.update(len(new))
+            new = farthest_rows(rows, distances, size - len(picks), backend)
+    covered = distances.clamp(min=0).float()
+    cover = picks.to(device), assignment.to(device), covered.to(device)
+    return cover if with_cover else cover[0]
 
 
-def coreset_duration(rows, size: int) -> float:
-    """Estimates how many seconds `coreset_torch` takes. About half of that time goes into bounds.
-    There are rows x picks of them, and those of one block are timed here."""
-    picks = MemoryBank(rows[:PICKS])
-    block = partial(picks.lower_bounds, rows[:BLOCK])
-    seconds = min(timeit.repeat(block, number=1, repeat=3))
-    return 2 * seconds * len(rows) / BLOCK * size / PICKS
+def meet(rows, new, count: int, distances, assignment, backend) -> None:
+    """Brings the min of algorithm 1, line 3, up to date when the picks `new` come after `count`
+    others: the distances (N,) float64, and the assignment (N,)."""
+    picks = MemoryBank(rows[new], backend)
+    most_rows = BLOCK if rows.device.type == "cpu" else 64 * BLOCK
+    block_size = max(1, min(most_rows, most_bounds(rows.device) // len(new)))
+    for start in range(0, len(rows), block_size):
+        part = slice(start, start + block_size)
+        measured, pick = nearest_pick(picks, rows[part], distances[part])
+        closer = measured < distances[part]
+        assignment[part] = torch.where(closer, count + pick, assignment[part])
+        distances[part] = torch.minimum(measured, distances[part])
 
 
-def meet(rows, new, count: int, squared, assignment) -> None:
-    """Updates the min of algorithm 1, line 3, when the picks `new` come after `count` others.
+def nearest_pick(picks: MemoryBank, rows: torch.Tensor, known: torch.Tensor):
+    """Finds for rows (n, D) the distance (n,) float64 to the nearest pick, and its number, (n,), of
+    equals the lowest. Where no pick is nearer than `known`, it may leave that.
 
-    It brings squared, (N,) float64, and assignment, (N,), up to date. The lower bound of chapter 3
-    tells which picks may be nearer to a row than its nearest one so far. Only those are measured,
-    the one with the least bound first, until no bound of any row is below its distance.
+    The lower bound of chapter 3 tells which picks may be nearer than `known`. Only those are
+    measured, the one with the least bound first, until no bound of any row is below its distance.
     """
-    picks = MemoryBank(rows[new])
-    vectors = picks.rows.double()
-    for start in range(0, len(rows), BLOCK):
-        bounds = picks.lower_bounds(rows[start : start + BLOCK])  # (n, len(new))
-        open_rows = torch.arange(start, start + len(bounds), device=rows.device)
-        while len(open_rows):
-            bound, pick = bounds.min(dim=1)
-            below = (bound <= squared[open_rows]).nonzero()[:, 0]
-            open_rows = open_rows[below]
-            bounds = bounds[below]
-            pick = pick[below]
-            difference = rows[open_rows].double() - vectors[pick]
-            measured = difference.square_().sum(dim=1)
-            closer = (measured < squared[open_rows]).nonzero()[:, 0]
-            row = open_rows[closer]
-            squared[row] = measured[closer]
-            assignment[row] = count + pick[closer]
-            bounds.scatter_(1, pick[:, None], torch.inf)  # this pair is done
+    if picks.rounded:
+        measured, pick = nearest_cupy(picks, rows, 1)
+        return measured[:, 0], pick[:, 0]
+    nearest = known.clone()
+    number = torch.full_like(known, -1, dtype=torch.int64)
+    bounds = picks.lower_bounds(rows)  # (n, len(picks) and more)
+    open_rows = torch.arange(len(rows), device=rows.device)
+    while len(open_rows):
+        before = nearest[open_rows]
+        # What is zero, or less at picks, cannot come down.
+        is_open = (bounds.amin(dim=1) <= before.square()) & (before > 0)
+        below = is_open.nonzero()[:, 0]
+        open_rows = open_rows[below]
+        bounds = bounds[below]
+        pick = bounds.argmin(dim=1)
+        measured = measure(rows, picks.rows, open_rows, pick, torch.float64)
+        lower = (measured == nearest[open_rows]) & (pick < number[open_rows])
+        closer = ((measured < before[below]) | lower).nonzero()[:, 0]
+        row = open_rows[closer]
+        nearest[row] = measured[closer]
+        number[row] = pick[closer]
+        bounds.scatter_(1, pick[:, None], torch.inf)  # this pair is done
+    return nearest, number
 
 
-def farthest_rows(rows, squared, wanted: int):
-    """Returns the next greedy picks, as many as are certain, but at most `wanted` and PICKS."""
-    outside = squared.topk(min(FRONTIER + 1, len(squared))).values[-1]  # the farthest row outside
-    frontier = (squared > outside).nonzero()[:, 0]
-    if len(frontier) == 0:  # the farthest rows are all equally far
-        return squared.argmax()[None]
-    inside = squared[frontier]
-    vectors = rows[frontier].double()
+def farthest_rows(rows, distances, wanted: int, backend) -> torch.Tensor:
+    """Returns the next greedy picks, as many as are certain, but at most `wanted`."""
+    if wanted == 0:
+        return distances[:0].long()
+    inside = min(FRONTIER, len(rows) - 1)  # one row at least stays outside
+    limit = distances.topk(inside + 1).values[-1]  # of the farthest row outside
+    far = (distances >= limit).nonzero()[:, 0]
+    farthest = far[distances[far].argsort(descending=True, stable=True)]
+    frontier = farthest[:inside].sort().values
+    before = torch.searchsorted(frontier, farthest[inside])  # so many rows inside are lower
+    pick = pick_cupy if uses_cupy(backend, rows) else pick_torch
+    return frontier[pick(rows[frontier], distances[frontier], limit, before, wanted)]
+
+
+def pick_torch(vectors, distances, limit, before, wanted: int) -> list[int]:
+    """Makes up to `wanted` greedy picks among vectors (n, D), whose distances so far are (n,)
+    float64. It ends when the best is below the limit, or at it and none of the first `before`."""
+    doubles = vectors.double().cpu().numpy()
+    inside = distances.cpu().numpy()
+    limit = float(limit)
     picks = []
-    while len(picks) < min(PICKS, wanted):  # algorithm 1, lines 2 to 4, on the frontier alone
+    while len(picks) < wanted:  # algorithm 1, lines 2 to 4, on the frontier alone
         pick = int(inside.argmax())
-        if inside[pick] <= outside:
+        if inside[pick] < limit or (inside[pick] == limit and pick >= before):
             break
         picks.append(pick)
-        to_pick = (vectors - vectors[pick]).square_().sum(dim=1)
-        inside = torch.minimum(inside, to_pick)
+        to_pick = spatial.distance.cdist(doubles[pick : pick + 1], doubles)[0]
+        inside = np.minimum(inside, to_pick)
         inside[pick] = -1.0
-    return frontier[picks]
+    return picks
 
 
 # ------------------------------------------------------------------ 5. both on an NVIDIA GPU
-# Here are the same search and coreset for CUDA tensors, by CuPy. Read each kernel under its
-# comment: `keep_best` replaces topk in the search, `update_and_pick` is algorithm 1, line 3.
+# Here are the inner steps of the same search and coreset for CUDA tensors, by CuPy. Read a kernel
+# beside the function of chapter 3 or 4 that its comment names.
 
-# Search: this kernel reads a block of bounds once. A block of threads serves a query. Each of its 8
-# warps keeps the 32 smallest bounds that it reads, sorted, one in each lane. The 32 smallest of the
-# query are among those.
-THREADS = 256  # of a block
-SEARCH_CUDA = r"""
-#define WARP 0xffffffffu
-extern "C" __global__ void keep_best(const float* bounds, int rows, float* best, int* indices) {
-    int lane = threadIdx.x % 32, index = 0;
-    float nothing = __int_as_float(0x7f800000), key = nothing, worst = nothing;
-    bounds += (size_t)blockIdx.x * rows;
-    for (int start = threadIdx.x - lane; start < rows; start += blockDim.x) {
-        float mine = start + lane < rows ? bounds[start + lane] : nothing;
-        unsigned better = __ballot_sync(WARP, mine < worst);
-        for (; better; better &= better - 1) {  // rare, once the first rows have been seen
-            int from = __ffs(better) - 1;
-            float newcomer = __shfl_sync(WARP, mine, from);
-            int place = __popc(__ballot_sync(WARP, key <= newcomer));
-            float left_key = __shfl_up_sync(WARP, key, 1);
-            int left_index = __shfl_up_sync(WARP, index, 1);
-            if (lane > place) { key = left_key; index = left_index; }  // make room
-            if (lane == place) { key = newcomer; index = start + from; }
-        }
-        worst = __shfl_sync(WARP, key, 31);
+THREADS = 256  # of a block that searches
+MOST = 32  # neighbors that a warp can keep, one in each lane
+CUDA = r"""
+#define ALL 0xffffffffu                         // lanes of a warp
+#define NOTHING __int_as_float(0x7f800000)      // infinity, and
+#define NO_ROW 0x7fffffffffffffffLL             // a row that comes after all others
+
+// Keeps (value, row) where it belongs among the least 32 of a warp, one in each lane, in order.
+template <typename T>
+__device__ void keep(T value, long long row, T& kept, long long& kept_row) {
+    int lane = threadIdx.x % 32;
+    bool is_before = kept < value || (kept == value && kept_row < row);
+    int place = __popc(__ballot_sync(ALL, is_before));
+    T left = __shfl_up_sync(ALL, kept, 1);
+    long long left_row = __shfl_up_sync(ALL, kept_row, 1);
+    if (lane > place) { kept = left; kept_row = left_row; }  // make room
+    if (lane == place) { kept = value; kept_row = row; }
+}
+
+// Counts what comes before (value, row) among the first k that each warp of the block passes.
+__device__ int rank(double value, long long row, int k) {
+    __shared__ double values[256];
+    __shared__ long long numbers[256];
+    __syncthreads();  // all have read what was there
+    values[threadIdx.x] = value;
+    numbers[threadIdx.x] = row;
+    __syncthreads();
+    int place = 0;
+    for (int warp = 0; warp < blockDim.x; warp += 32)
+        for (int i = warp; i < warp + k; i++)
+            place += values[i] < value || (values[i] == value && numbers[i] < row);
+    return place;
+}
+
+// `measure`: a warp measures a pair, in float64.
+__device__ double measure(const float* one, const float* other, long long columns) {
+    double sum = 0;
+    #pragma unroll 4
+    for (long long column = threadIdx.x % 32; column < columns; column += 32) {
+        double difference = (double)one[column] - (double)other[column];
+        sum += difference * difference;
     }
-    size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    best[thread] = key;
-    indices[thread] = index;
+    for (int lane = 16; lane; lane /= 2) sum += __shfl_xor_sync(ALL, sum, lane);
+    return sqrt(sum);
+}
+
+// `nearest_torch` after the product: a block serves a query, each warp has a share of the rows.
+extern "C" __global__ void __launch_bounds__(256) find_nearest(
+        const float* products, const float* own_squared, const float* own_error,
+        const float* squared, const float* error, const float* queries, const float* bank,
+        long long rows, long long columns, long long k, double* distances, long long* indices) {
+    long long query = blockIdx.x, step = 4 * blockDim.x;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float squared_of_query = own_squared[query], error_of_query = own_error[query];
+    float bound[4], kept = NOTHING, worst = NOTHING;
+    double near = NOTHING, farthest = 0;
+    long long kept_row = NO_ROW, near_row = NO_ROW;
+    auto read = [&](long long start) {  // bounds of 128 rows: |f(q) - f(b)| less both errors
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            long long row = start + 32 * i + lane;
+            bound[i] = NOTHING;
+            if (row >= rows) continue;
+            float both = squared_of_query + squared[row];
+            float apart = fmaf(-2.0f, products[query * rows + row], both);
+            bound[i] = sqrtf(fmaxf(apart, 0.0f)) - error_of_query - error[row];
+        }
+    };
+    auto measure_row = [&](long long row) {
+        double distance = measure(queries + query * columns, bank + row * columns, columns);
+        keep(distance, row, near, near_row);
+        return distance;
+    };
+    for (long long start = 128 * warp; start < rows; start += step) {  // the topk
+        read(start);
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            while (unsigned better = __ballot_sync(ALL, bound[i] < worst)) {  // rare after a while
+                int from = __ffs(better) - 1;
+                keep(__shfl_sync(ALL, bound[i], from), start + 32 * i + from, kept, kept_row);
+                if (lane == from) bound[i] = NOTHING;
+                worst = __shfl_sync(ALL, kept, k - 1);
+            }
+        }
+    }
+    bool looks_near = rank(kept, kept_row, k) < k && lane < k && kept_row != NO_ROW;
+    for (unsigned left = __ballot_sync(ALL, looks_near); left; left &= left - 1)
+        farthest = fmax(farthest, measure_row(__shfl_sync(ALL, kept_row, __ffs(left) - 1)));
+    __shared__ double farthest_of[8];  // warps
+    if (lane == 0) farthest_of[warp] = farthest;
+    __syncthreads();
+    for (int i = 0; i < blockDim.x / 32; i++) farthest = fmax(farthest, farthest_of[i]);
+    float limit = fminf(__double2float_ru(farthest), 3.4028234e38f);  // a hidden row is above it
+    for (long long start = 128 * warp; start < rows; start += step) {  // what the bound leaves
+        read(start);
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            for (unsigned left = __ballot_sync(ALL, bound[i] <= limit); left; left &= left - 1) {
+                int from = __ffs(left) - 1;
+                long long row = start + 32 * i + from;
+                bool is_far = __shfl_sync(ALL, bound[i], from) > limit;  // which has come down
+                if (is_far || __any_sync(ALL, near_row == row)) continue;  // or it is measured
+                measure_row(row);
+                limit = fminf(limit, __double2float_ru(__shfl_sync(ALL, near, k - 1)));
+            }
+        }
+    }
+    int place = rank(near, near_row, k);  // the sort
+    if (lane < k && place < k) {
+        distances[query * k + place] = near;
+        indices[query * k + place] = near_row;
+    }
+}
+
+// The loop of `pick_torch`, by one block of 32 warps. A thread has the same rows all the time.
+extern "C" __global__ void __launch_bounds__(1024) pick_inside(
+        const double* pairs, double* inside, long long rows, const double* limit,
+        const long long* before, long long wanted, long long* picks) {
+    __shared__ double greatest[32];
+    __shared__ long long places[32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    long long count = 0;
+    for (; count < wanted; count++) {
+        double best = -2;  // less than any row has
+        long long pick = rows;
+        auto find_best = [&] {  // of a warp: the greatest, and of equals the lowest row
+            for (int other = 16; other; other /= 2) {
+                double value = __shfl_xor_sync(ALL, best, other);
+                long long place = __shfl_xor_sync(ALL, pick, other);
+                if (value > best || (value == best && place < pick)) { best = value; pick = place; }
+            }
+        };
+        for (long long i = threadIdx.x; i < rows; i += blockDim.x)
+            if (inside[i] > best) { best = inside[i]; pick = i; }
+        find_best();
+        if (lane == 0) { greatest[warp] = best; places[warp] = pick; }
+        __syncthreads();
+        best = greatest[lane];
+        pick = places[lane];
+        __syncthreads();  // all have read, before the next pick is written
+        find_best();
+        if (best < *limit || (best == *limit && pick >= *before)) break;
+        if (threadIdx.x == 0) picks[count] = pick;
+        for (long long i = threadIdx.x; i < rows; i += blockDim.x)
+            inside[i] = i == pick ? -1 : fmin(inside[i], pairs[pick * rows + i]);
+    }
+    if (threadIdx.x == 0) picks[rows] = count;
 }
 """
-# Coreset: this kernel does one step of the obvious loop. A warp reads a row, 16 bytes a thread, and
-# lowers the row's distance. The same pass finds the farthest row. For that, a row's distance and
-# its inverted number are packed into 64 bits, the distance first. The largest of these numbers is
-# the farthest row, and of equally far ones the lowest.
-CORESET_CUDA = r"""
-extern "C" __global__ void update_and_pick(const float4* features, float* squared, int* assignment,
-                                           unsigned long long* picks, unsigned rows,
-                                           int quads, int step) {
-    __shared__ unsigned long long farthest;
-    if (threadIdx.x == 0) farthest = 0;
-    __syncthreads();
-    unsigned newest = ~(unsigned)picks[step], lane = threadIdx.x % 32;
-    unsigned warps = gridDim.x * blockDim.x / 32;
-    unsigned warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    const float4* center = features + (size_t)newest * quads;
-    unsigned long long best = 0;
-    for (unsigned row = warp; row < rows; row += warps) {
-        float sum = 0, before = squared[row];
-        for (int quad = lane; quad < quads; quad += 32) {
-            float4 a = features[(size_t)row * quads + quad], b = center[quad];
-            a.x -= b.x, a.y -= b.y, a.z -= b.z, a.w -= b.w;
-            sum += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
-        }
-        for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-        if (row == newest) sum = -1;  // never again
-        if (lane == 0 && sum < before) { squared[row] = sum; assignment[row] = step; }
-        sum = fminf(sum, before);
-        unsigned long long packed = (unsigned long long)__float_as_uint(sum) << 32 | ~row;
-        if (sum >= 0 && packed > best) best = packed;
-    }
-    if (lane == 0) atomicMax(&farthest, best);
-    __syncthreads();
-    if (threadIdx.x == 0) atomicMax(&picks[step + 1], farthest);
-}
-"""
 
 
-def smallest_cupy(bounds: torch.Tensor, k: int):
-    """Finds for each query k small bounds, the smallest 32 among them. Returns bounds and indices,
-    (P, k)."""
-    best = bounds.new_empty(len(bounds), THREADS)
-    indices = torch.empty_like(best, dtype=torch.int32)
-    launch("keep_best", len(bounds), bounds, np.int32(bounds.shape[1]), best, indices)
-    smallest, place = best.topk(k, largest=False)
-    return smallest, indices.gather(1, place).long()
+def round_off(x: torch.Tensor):
+    """Returns f(x) = x in bfloat16, |f(x)|^2, lowered for rounding, and |x - f(x)|, raised: a GPU
+    multiplies so short numbers many times as fast, and needs no axes.
+
+    By the triangle inequality, |q - b| >= |f(q) - f(b)| - |q - f(q)| - |b - f(b)|.
+    """
+    margin = MARGIN * x.shape[1] ** 0.5
+    short = x.bfloat16()
+    squared = (1 - margin) * vector_norm(short.float(), dim=1).square()
+    return short, squared, (1 + margin) * vector_norm(x - short.float(), dim=1)
 
 
-def coreset_cupy(features, size, first) -> Coreset:
-    """Makes the `Coreset` in float32. It launches a kernel for each pick and waits for none."""
-    columns = nn.functional.pad(features, (0, -features.shape[1] % 4)).contiguous()
-    squared = features.new_full((len(features),), torch.inf)  # to the nearest pick
-    assignment = torch.zeros_like(squared, dtype=torch.int32)
-    picks = torch.zeros(size + 1, dtype=torch.int64, device=features.device)  # distance and ~row
-    picks[0] = int(first) ^ 0xFFFFFFFF
-    blocks = 8 * torch.cuda.get_device_properties(features.device).multi_processor_count
-    rows = np.uint32(len(columns))
-    quads = np.int32(columns.shape[1] // 4)
-    for step in map(np.int32, range(size)):  # the last launch only measures
-        name = "update_and_pick"
-        launch(name, blocks, columns, squared, assignment, picks, rows, quads, step)
-    distances = squared.clamp(min=0).sqrt()
-    return Coreset((picks[:size] & 0xFFFFFFFF) ^ 0xFFFFFFFF, assignment.long(), distances)
+def multiply(short: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Multiplies bfloat16 (P, D) and (N, D), and sums in float32: (P, N)."""
+    try:
+        return torch.mm(short, others.T, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):  # an older torch, an older GPU
+        return short.float() @ others.float().T
 
 
-def launch(name: str, blocks: int, *arguments) -> None:
-    """Runs a kernel in blocks of THREADS on torch's device and stream, without copying a tensor."""
-    import cupy
+def nearest_cupy(bank: MemoryBank, queries: torch.Tensor, k: int):
+    """Finds what `nearest_torch` finds, but the distances (P, k) are float64."""
+    short, squared, error = bank.shorten(queries - bank.center)
+    of_queries = [multiply(short, bank.short), squared, error]
+    of_rows = [bank.squared, bank.error, queries.contiguous(), bank.rows.contiguous()]
+    distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
+    indices = torch.empty_like(distances, dtype=torch.int64)
+    sizes = [*bank.rows.shape, k]
+    arguments = of_queries + of_rows + sizes + [distances, indices]
+    launch("find_nearest", len(queries), THREADS, arguments)
+    return distances, indices
 
-    device = arguments[0].device
-    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream)
-    with torch.cuda.device(device), cupy.cuda.Device(device.index), stream:
-        passed = [cupy.from_dlpack(a) if torch.is_tensor(a) else a for a in arguments]
-        cuda_kernels()[name]((blocks,), (THREADS,), tuple(passed))
+
+def pick_cupy(vectors, distances, limit, before, wanted: int) -> torch.Tensor:
+    """Makes the picks of `pick_torch`. All pairs are measured once, and it waits once."""
+    count = len(vectors)
+    doubles = vectors.double()
+    pairs = torch.cdist(doubles, doubles, compute_mode=DIFFERENCES)  # (n, n)
+    picks = before.new_empty(count + 1)  # the last one says how many there are
+    most = min(wanted, count)
+    launch("pick_inside", 1, 1024, [pairs, distances, count, limit, before, most, picks])
+    return picks[: int(picks[count])]
+
+
+def launch(name: str, blocks: int, threads: int, arguments: list) -> None:
+    """Runs a kernel on the device and the stream of its first argument. Contiguous tensors are
+    passed by their address, and numbers as 64-bit integers."""
+    from cupy.cuda import ExternalStream, Stream
+
+    passed = [a.data_ptr() if torch.is_tensor(a) else a for a in arguments]
+    with torch.cuda.device(arguments[0].device):
+        stream = torch.cuda.current_stream()
+        if hasattr(Stream, "from_external"):
+            own_stream = Stream.from_external(stream)
+        else:
+            own_stream = ExternalStream(stream.cuda_stream)
+        if blocks:
+            with own_stream:
+                cuda_kernels()[name]((blocks,), (threads,), tuple(passed))
 
 
 @cache
@@ -1282,10 +1421,15 @@ def cuda_kernels():
     try:
         import cupy
 
-        module = cupy.RawModule(code=SEARCH_CUDA + CORESET_CUDA)
-        return {name: module.get_function(name) for name in ("keep_best", "update_and_pick")}
+        module = cupy.RawModule(code=CUDA)
+        module.compile()
+        return {name: module.get_function(name) for name in ("find_nearest", "pick_inside")}
     except Exception as error:  # no wheel, no driver, no compiler: each fails in its own way
-        note(f"CuPy cannot be used ({error}): search and coreset run in plain torch")
+        toolkit = (torch.version.cuda or "13").split(".")[0]
+        note(
+            f"CuPy cannot be used ({error}): search and coreset run in plain torch; what fits this "
+            f"torch: pip install cupy-cuda{toolkit}x"
+        )
         return None
 
 
@@ -1294,10 +1438,10 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
     what is not there."""
     if backend not in ("auto", "torch", "cupy"):
         raise ValueError(f"backend is {backend!r}: expected auto, torch or cupy")
-    usable = tensor.is_cuda and backend != "torch" and k <= THREADS and cuda_kernels() is not None
+    usable = tensor.is_cuda and backend != "torch" and k <= MOST and cuda_kernels() is not None
     if backend == "cupy" and not usable:
         raise ValueError(
-            f"backend cupy: needs CuPy, CUDA tensors and k up to {THREADS}, got "
+            f"backend cupy: needs CuPy, CUDA tensors and k up to {MOST}, got "
             f"{tensor.device.type} and k = {k}"
         )
     return usable

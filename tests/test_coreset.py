@@ -103,16 +103,6 @@ def test_refuses_what_it_cannot_pick_from(features, size, message):
         common.greedy_coreset(features, size)
 
 
-def test_a_coreset_of_minutes_is_foretold(generator, monkeypatch, capsys):
-    features = torch.randn(3000, 8, generator=generator)
-    assert 0 < common.coreset_duration(features, 300) < 5
-    for seconds, lines in [(599, 0), (1300, 1)]:
-        monkeypatch.setattr(common, "coreset_duration", lambda rows, size, s=seconds: s)
-        common.greedy_coreset(features, 20)
-        err = capsys.readouterr().err
-        assert err.count("the coreset takes about 22 minutes: a tenth of the picks") == lines
-
-
 def test_of_equally_near_picks_a_row_is_assigned_to_the_earliest():
     features = torch.tensor([[0.0], [2.0], [1.0]])
     for seed in range(8):

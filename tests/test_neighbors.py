@@ -173,8 +173,9 @@ def test_where_the_bound_fails_the_nearest_seen_is_found():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_is_bounded():
     """All distances at once would be 240 MB beside the bank's columns, which take 62."""
+    first = (9, 1100, 64, 1, "randn")  # loads what finds axes
     searches = (1000, 60_000, 256, 3, "randn"), (24, 163_840, 8, 1, "ones")
-    usual, alike = search_memory(*searches)
+    _, usual, alike = search_memory(first, *searches)
     assert 62_000 < usual < 140_000  # at least the columns, or nothing was measured
     assert alike < 300_000  # where all rows are alike, all are measured
 
@@ -204,8 +205,22 @@ def test_features_that_carry_gradients_are_searched(generator):
     assert common.greedy_coreset(rows, 5).shape == (5,)
 
 
+def test_numpy_arrays_are_taken_and_a_callers_autocast_does_not_count(generator):
+    rows = torch.randn(2000, 200, generator=generator)
+    expected = common.nearest_neighbors(rows[:50], rows, 3)
+    picks = common.greedy_coreset(rows, 30)
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = common.nearest_neighbors(rows[:50].numpy(), rows.numpy(), 3)
+        assert torch.equal(common.greedy_coreset(rows.numpy(), 30), picks)
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match=r"bank: expected 2-D float32, got 2-D torch.float64"):
+        common.MemoryBank(rows.double().numpy())
+
+
 def test_refuses_a_backend_it_does_not_have():
     with pytest.raises(ValueError, match="backend is 'faiss'"):
         common.nearest_neighbors(torch.ones(1, 2), torch.ones(1, 2), 1, "faiss")
-    with pytest.raises(ValueError, match="needs CuPy, CUDA tensors and k up to 256, got cpu"):
+    with pytest.raises(ValueError, match="needs CuPy, CUDA tensors and k up to 32, got cpu"):
         common.nearest_neighbors(torch.ones(1, 2), torch.ones(1, 2), 1, "cupy")
