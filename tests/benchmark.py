@@ -415,7 +415,8 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 root, out = Path({data!r}), {out!r}
 kinds = sorted(p.name for p in (root / "test").iterdir() if p.is_dir() and p.name != "good")
 data = Folder(name="part", root=root, normal_dir="train/good", normal_test_dir="test/good",
-    abnormal_dir=[f"test/{{k}}" for k in kinds], mask_dir=[f"ground_truth/{{k}}" for k in kinds],
+    abnormal_dir=[f"test/{{k}}" for k in kinds],
+    mask_dir=[f"ground_truth/{{k}}" for k in kinds] if (root / "ground_truth").is_dir() else None,
     train_batch_size=16, eval_batch_size=16, num_workers=0, val_split_mode="same_as_test")
 backbone = common.load_backbone("efficientnet_lite0")[1:5]  # without its normalization
 normalize = Normalize([127 / 255] * 3, [128 / 255] * 3)
@@ -469,7 +470,8 @@ def time_of_ours(rows, size):
 
 
 def show_peer(name, figures, used):
-    print(f"  {name:16}", *(f"{figure:.3f}" for figure in figures), *(f"{u:.1f}" for u in used))
+    figures = ["-" if figure is None else f"{figure:.3f}" for figure in figures]  # no masks: -
+    print(f"  {name:16}", *figures, *(f"{u:.1f}" for u in used))
 
 
 def authors_sampler(options, share):
