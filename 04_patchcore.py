@@ -105,9 +105,9 @@ def fit(
     size = max(1, round(coreset * len(rows)))
     if neighbors > size:
         raise common.UserError(f"--neighbors {neighbors}: the bank holds {size} rows: lower it")
-    # differs from the paper: start: its code begins with the average distance to ten random rows,
-    # which are no picks but stay in the minimum to the end. With the same first pick, 0.3 % of 940
-    # picks stand at the same place, and 22 % are the same. Here the first is drawn from the seed.
+    # differs from the paper: start: its code begins with each row's average distance to ten random
+    # rows, which stays in the minimum to the end. With the same first pick, 0.2 % of 940 picks stand
+    # at the same place, a fifth are the same, and the radius is. Here the first is drawn from the seed.
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
     picks, _, _ = cover
     bank = rows[picks.to(rows.device)].cpu()  # M_C
