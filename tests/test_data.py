@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import zlib
 
@@ -113,6 +114,8 @@ def test_what_pillow_has_scaled_or_cut_is_not_scaled_again():
         photo = b"P5 60 40 %d\n" % top + (values.astype(int) * top // 4095).astype(">u2").tobytes()
         found = np.asarray(common.read_image(photo, 12))[..., 0]
         assert np.abs(found - values / 4095 * 255).max() <= 1, top
+        opened = common.read_image(Image.open(io.BytesIO(photo)), 12)
+        np.testing.assert_array_equal(np.asarray(opened)[..., 0], found)
     Image.fromarray(16 * values).save(file := io.BytesIO(), "JPEG2000")
     found = np.asarray(common.read_image(file.getvalue(), 12))[..., 0]
     np.testing.assert_array_equal(found, values >> 4)
@@ -121,6 +124,11 @@ def test_what_pillow_has_scaled_or_cut_is_not_scaled_again():
     for photo in (negative, tiff16(colors, planes=2), png16(colors[..., :2])):
         with pytest.raises(common.UserError, match=r"photo in memory \(bytes\): cannot be read"):
             common.read_image(photo, 12)
+    with pytest.raises(common.UserError, match="gray and alpha of 16 bits"):
+        common.read_image(png16(colors[..., :2]), 12)
+    for bits in (7, 17):
+        with pytest.raises(ValueError, match=f"bits is {bits}, expected 8 to 16"):
+            common.read_image(values, bits)
 
 
 def test_odd_metadata_does_not_veto_pixels(tmp_path, gradient):
@@ -226,7 +234,7 @@ def test_what_is_passed_over_is_counted(tmp_path, capsys):
     (tmp_path / "linked").symlink_to(tmp_path / "other")
     capsys.readouterr()
     found = common.image_files(tmp_path, 1, pytest.fail)
-    assert [path.parent.name for path in found] == ["linked", "other", "sub"]
+    assert [path.parent.name for path in found] == ["other", "sub"]  # by its own name, once
     assert "files in" in capsys.readouterr().err  # those in no subfolder
 
 
@@ -242,6 +250,15 @@ def test_folders_of_any_name_and_depth_are_walked(tmp_path, monkeypatch):
     assert {str(path.resolve().parent.relative_to(tmp_path)) for path in found} == {
         "#4711", "@line2", "$5", deep
     }  # fmt: skip
+    names = "abcdefg"
+    for name in names:  # each is linked to all others
+        (tmp_path / "linked" / name).mkdir(parents=True)
+        (tmp_path / "linked" / name / "x.png").touch()
+        for other in names:
+            (tmp_path / "linked" / name / f"to {other}").symlink_to(f"../{other}")
+    found = common.image_files(tmp_path / "linked", 1, pytest.fail)
+    assert found == [tmp_path / "linked" / name / "x.png" for name in names]
+    shutil.rmtree(tmp_path / "linked")
     monkeypatch.chdir(tmp_path)
     for _ in range(20):  # a path too long to be listed
         os.mkdir(250 * "x")
@@ -282,6 +299,8 @@ def test_small_photos_are_enlarged_as_by_torchvision(tmp_path, capsys, gradient)
     assert err.count("\n") == 1
     with pytest.raises(common.UserError, match=r"c: is 300 x 2, expected sides of at most 1 to 50"):
         common.prepare(Image.new("RGB", (300, 2)), name="c")
+    with pytest.raises(common.UserError, match="image: is 0 x 0"):
+        common.prepare(Image.new("RGB", (0, 0)))
     with pytest.raises(ValueError, match="crop is 224, expected at most resize, which is 128"):
         common.prepare(Image.new("RGB", (300, 200)), 128)
 
