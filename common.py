@@ -233,8 +233,8 @@ def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]
     """Finds the photos that lie `depth` folders below a folder, or at any depth if it is None.
 
     Returns them sorted. Links are followed, and each folder counts once. A line on stderr counts
-    the files that it passed over, but for what is hidden, the system's or our own. A UserError is passed to `refuse` for each folder that cannot
-    be listed.
+    the files that it passed over, but for what is hidden, the system's or our own. A UserError is
+    passed to `refuse` for each folder that cannot be listed.
     """
     photos, passed_over = [], []
 
@@ -1977,7 +1977,7 @@ def place_of_peak(options, result: Result, i: int, size) -> tuple:
 # What a user types goes in, and `main` acts on it: a run from its options to its report. Read
 # `main` first, then `read_options`. Whatever goes wrong ends as one line on stderr.
 
-EXIT_CODES = """exit codes: 0 done; 1 some photos could not be read or their pictures not written;
+EXIT_CODES = """exit codes: 0 done; 1 a photo or folder could not be read, or a picture not written;
 2 an error, named in one line on stderr; 130 Ctrl-C; 141 closed pipe"""
 # What is fixed at the fit, beside what the method's `fit` takes by name: --load reads it from the
 # saved file. The weights may lie elsewhere by then, and the rate may change.
