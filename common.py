@@ -470,13 +470,15 @@ def read_mask(path: Path) -> np.ndarray:
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
         gray = np.asarray(image)
+        names_classes = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")
         if image.mode[0] not in "IF":
             *colors, alpha = map(np.asarray, image.convert("RGBA").split())
             gray = np.maximum.reduce(colors)
+            if image.mode != "P" and np.ptp(colors, axis=0).max() == 0:
+                names_classes &= not is_soft(gray)
             if np.ptp(gray) == 0 and np.ptp(alpha) > 0:
                 gray = alpha  # the colors say nothing: the drawing is in the alpha channel
-        is_lossless = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")
-        if is_lossless and len(np.unique(gray)) <= 64:
+        if names_classes and len(np.unique(gray)) <= 64:
             return gray > 0
         near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
         region, count = ndimage.label(near, TOUCHING)
@@ -484,6 +486,18 @@ def read_mask(path: Path) -> np.ndarray:
         peak = peaks[region]  # (H, W)
         strong = (gray > 0) & (gray >= peak / 2)
         return strong & (peak >= gray.max() / 8)
+
+
+def is_soft(gray: np.ndarray) -> bool:
+    """Tells whether an 8-bit gray mask (H, W) is soft though its file is without loss, as after
+    resizing, or where a lossy file was saved again: it holds light values, and a dark one that
+    always touches another. Numbers of classes stand among their own somewhere."""
+    dark = np.unique(gray[gray < 128])
+    if not dark.any() or gray.max() < 128:
+        return False
+    lowest = ndimage.minimum_filter(np.where(gray, gray, 255), 3)  # of all that mark
+    is_alone = lowest == ndimage.maximum_filter(gray, 3)
+    return np.setdiff1d(dark, gray[is_alone]).any()
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
