@@ -39,7 +39,7 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -231,9 +231,9 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
 def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]:
     """Finds the photos that lie `depth` folders below a folder, or at any depth if it is None.
 
-    Returns them sorted. A line on stderr counts the files that it passed over, but for what is
-    hidden, the system's or our own. A UserError is passed to `refuse` for each folder that cannot
-    be listed.
+    Returns them sorted. Links are followed, and each folder counts once. A line on stderr counts
+    the files that it passed over, but for what is hidden, the system's or our own. A UserError is
+    passed to `refuse` for each folder that cannot be listed.
     """
     photos, passed_over = [], []
 
@@ -242,16 +242,20 @@ def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]
             refuse(UserError(f"{error.filename}: {error.strerror}: expected a folder to list"))
 
     def shown(names):
-        return [name for name in names if name[0] != "." and name not in NO_PHOTOS]
+        return sorted(name for name in names if name[0] != "." and name not in NO_PHOTOS)
 
-    for name, folders, files in os.walk(folder, onerror=cannot_list, followlinks=True):
+    starts = [folder]  # links to folders follow, after all that lies here by its own name
+    visited = set()
+    walks = (os.walk(start, onerror=cannot_list) for start in starts)
+    for name, folders, files in itertools.chain.from_iterable(walks):
         parent = Path(name)
         level = len(parent.relative_to(folder).parts)
-        is_circle = parent.resolve() in map(Path.resolve, parent.parents[:level])
-        if is_circle or RESULTS_TAG in files:
+        if parent.resolve() in visited or RESULTS_TAG in files:
             folders.clear()
             continue
+        visited.add(parent.resolve())
         folders[:] = shown(folders)
+        starts += filter(os.path.islink, map(parent.joinpath, folders))
         for path in map(parent.joinpath, shown(files)):
             is_photo = path.suffix.lower() in SUFFIXES and depth in (None, level)
             (photos if is_photo else passed_over).append(path)
@@ -372,8 +376,10 @@ def read_image(source, bits=16) -> Image.Image:
     The source is a file, its bytes, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W,
     4) of uint8 or uint16, that is gray, RGB or RGBA. `bits`, 8 to 16, says how many of a channel's
     16 bits are in use in an array, a PNG or a TIFF; the upper 8 of those are read. A transparent
-    photo is put on white, unless all of it is transparent.
+    photo is put on white, unless all of it is transparent. Raises ValueError for other bits.
     """
+    if not 8 <= bits <= 16:
+        raise ValueError(f"bits is {bits}, expected 8 to 16")
     is_path = isinstance(source, (str, os.PathLike))
     name = source if is_path else f"photo in memory ({type(source).__name__})"
     with explained(f"{name}: cannot be read as an image", "replace it"):
@@ -383,12 +389,13 @@ def read_image(source, bits=16) -> Image.Image:
             image = shallow_image(source, bits)
         elif isinstance(source, Image.Image):
             image = ImageOps.exif_transpose(source)
+            image.format = source.format
         else:
             image = open_upright(source)
-            if image.format not in ("PNG", "TIFF"):
-                bits = 16  # Pillow has scaled the other ones
-            if bits < 16 and image.mode[0] != "I":
+            if bits < 16 and image.format in ("PNG", "TIFF") and image.mode[0] != "I":
                 image = all_bits(source, image, bits)
+        if image.format not in (None, "PNG", "TIFF"):
+            bits = 16  # Pillow has scaled the other ones
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
             image = shallow_image(np.asarray(image), bits)
         if image.has_transparency_data:
@@ -429,10 +436,13 @@ def all_bits(source, image: Image.Image, bits: int) -> Image.Image:
 
 
 def in_other_order(layout):
-    """Returns Pillow's name of 16-bit colors, or a tuple with it, for the other order of bytes."""
+    """Returns Pillow's name of 16-bit colors, or a tuple with it, for the other order of bytes.
+    Raises ValueError where Pillow has no such name."""
     if isinstance(layout, tuple):
         return tuple(map(in_other_order, layout))
     is_deep = ";16" in str(layout)
+    if layout == "LA;16B":
+        raise ValueError("gray and alpha of 16 bits, expected gray alone with --bits")
     return layout[:-1] + "BL"[layout.endswith("B")] if is_deep else layout
 
 
@@ -459,13 +469,15 @@ def read_mask(path: Path) -> np.ndarray:
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
         gray = np.asarray(image)
+        names_classes = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")
         if image.mode[0] not in "IF":
             *colors, alpha = map(np.asarray, image.convert("RGBA").split())
             gray = np.maximum.reduce(colors)
+            if image.mode != "P" and np.ptp(colors, axis=0).max() == 0:
+                names_classes &= not is_soft(gray)
             if np.ptp(gray) == 0 and np.ptp(alpha) > 0:
                 gray = alpha  # the colors say nothing: the drawing is in the alpha channel
-        is_lossless = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")
-        if is_lossless and len(np.unique(gray)) <= 64:
+        if names_classes and len(np.unique(gray)) <= 64:
             return gray > 0
         near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
         region, count = ndimage.label(near, TOUCHING)
@@ -473,6 +485,18 @@ def read_mask(path: Path) -> np.ndarray:
         peak = peaks[region]  # (H, W)
         strong = (gray > 0) & (gray >= peak / 2)
         return strong & (peak >= gray.max() / 8)
+
+
+def is_soft(gray: np.ndarray) -> bool:
+    """Tells whether an 8-bit gray mask (H, W) is soft though its file is without loss, as after
+    resizing, or where a lossy file was saved again: it holds light values, and a dark one that
+    always touches another. Numbers of classes stand among their own somewhere."""
+    dark = np.unique(gray[gray < 128])
+    if not dark.any() or gray.max() < 128:
+        return False
+    lowest = ndimage.minimum_filter(np.where(gray, gray, 255), 3)  # of all that mark
+    is_alone = lowest == ndimage.maximum_filter(gray, 3)
+    return np.setdiff1d(dark, gray[is_alone]).any()
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
@@ -487,7 +511,7 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
     if not 0 <= crop <= resize:
         raise ValueError(f"crop is {crop}, expected at most resize, which is {resize}")
     width, height = image.size
-    if max(image.size) > 50 * min(image.size):
+    if not 0 < max(image.size) <= 50 * min(image.size):
         raise UserError(f"{name}: is {width} x {height}, expected sides of at most 1 to 50: cut it")
     mode = image_transforms.InterpolationMode["NEAREST" if is_mask else "BILINEAR"]
     size = resize if crop else [resize, resize]
@@ -572,6 +596,7 @@ def load_backbone(
     network, too, and so are a label for readers and a fingerprint, the hash of its weights. Raises
     UserError if the weights cannot be had or do not fit.
     """
+    weights = str(weights)
     build = {"none": no_network, "efficientnet_lite0": efficientnet_lite0}
     torch.manual_seed(seed)
     network, stages = build.get(name, partial(resnet, name))()
@@ -641,7 +666,12 @@ def read_weights(name: str, source: str) -> dict:
     socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the run
     try:
         failed = "--weights imagenet: the download failed or is damaged"
-        with explained(failed, ways_out), redirect_stdout(sys.stderr):  # stdout is for results
+        console = sys.stderr or io.StringIO()
+        with (
+            explained(failed, ways_out),
+            redirect_stdout(console),  # stdout is for results
+            redirect_stderr(console),
+        ):
             return weights.get_state_dict(progress=True)
     finally:
         socket.setdefaulttimeout(timeout)
@@ -1490,12 +1520,12 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
 
     Maps are (N, H, W), (N, 1, H, W) or (H, W) float, and masks the same of bool or integers.
     Integers are the numbers of defect regions, as in a `Split`, where 0 is normal and a pixel below
-    0 does not count. Where one number stands in two images, as in masks of 0 and 255, they are no
-    regions' numbers: regions are then found as those of bool masks are. Returns None if there is
-    no defective or no normal pixel. Raises ValueError for other masks, for NaN, and unless max_fpr
-    is above 0 and at most 1. Per-region overlap is the share of a connected defect region that is
-    above the threshold, averaged over regions, so that a small defect counts as much as a large one
-    (Bergmann et al. 2021, section 6.1).
+    0 does not count. Where one number stands in two images or is the only one, as in masks of 0 and
+    255, they are no regions' numbers: regions are then found as those of bool masks are. Returns
+    None if there is no defective or no normal pixel. Raises ValueError for other masks, for NaN,
+    and unless max_fpr is above 0 and at most 1. Per-region overlap is the share of a connected
+    defect region that is above the threshold, averaged over regions, so that a small defect counts
+    as much as a large one (Bergmann et al. 2021, section 6.1).
 
     Lower the threshold from the highest value of the maps. The curve rises when it comes to a
     defective pixel, by the pixel's share of its region divided by the number of regions. So the
@@ -1521,7 +1551,8 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
 
 def maps_and_regions(maps, masks) -> tuple[np.ndarray, np.ndarray]:
     """Returns maps and the numbers of their defect regions, both (N, H, W); see `au_pro`."""
-    maps, masks = (np.asarray(part).reshape(-1, *part.shape[-2:]) for part in (maps, masks))
+    maps, masks = map(np.asarray, (maps, masks))
+    maps, masks = (part.reshape(-1, *part.shape[-2:]) for part in (maps, masks))
     if masks.dtype.kind not in "bui" or maps.shape != masks.shape or np.isnan(maps).any():
         raise ValueError(
             f"maps {maps.shape}, masks {masks.shape} {masks.dtype}: expected equal shapes, maps "
@@ -1529,7 +1560,7 @@ def maps_and_regions(maps, masks) -> tuple[np.ndarray, np.ndarray]:
         )
     marked = masks > 0
     seen = np.concatenate([np.unique(mask[mask > 0]) for mask in masks])
-    if masks.dtype == bool or len(np.unique(seen)) < len(seen):
+    if masks.dtype == bool or len(np.unique(seen)) < len(seen) or len(seen) == 1:
         within_images = TOUCHING * [[[0]], [[1]], [[0]]]
         found, _ = ndimage.label(marked, within_images)
         masks = np.where(marked, found, masks)
@@ -1554,13 +1585,20 @@ def conformal_quantile(calibration_scores, false_alarm_rate: float) -> float:
     conformal prediction, Lei et al. 2018, section 2.2). If there are too few scores for that rank,
     the largest has to do.
     """
+    check_rate(false_alarm_rate)
     count = len(calibration_scores)
     rank = math.ceil(round((count + 1) * (1 - false_alarm_rate), 6))
     return float(np.sort(calibration_scores)[min(rank, count) - 1])
 
 
+def check_rate(false_alarm_rate: float) -> None:
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"false_alarm_rate is {false_alarm_rate}: expected between 0 and 1")
+
+
 def scores_needed(false_alarm_rate: float) -> int:
     """Returns how many normal scores `conformal_quantile` needs to keep the rate: 19 for 0.05."""
+    check_rate(false_alarm_rate)
     return math.ceil(round(1 / false_alarm_rate, 6)) - 1
 
 
@@ -1679,7 +1717,8 @@ def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
     if count < needed:
         note(
             f"warning: --false-alarm-rate {rate:g} takes {needed} normal images, there are {count}:"
-            f" expect a false alarm in about {count + 1}; add to train/good"
+            f" expect a false alarm in about {count + 1}; fit again with this rate and, if need "
+            "be, more photos in train/good"
         )
     map_range = None
     if model["peaks"] is not None:
@@ -1704,7 +1743,8 @@ def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=None
     backbone = load_backbone(settings.backbone, weights, settings.seed, device)
     check_weights(model, backbone)
     detect = detector(model["state"], backbone)
-    threshold, _ = thresholds(model, false_alarm_rate or settings.false_alarm_rate)
+    rate = settings.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
+    threshold, _ = thresholds(model, rate)
 
     def judge(photo):
         image = read_image(photo, settings.bits)
@@ -2021,6 +2061,8 @@ def predict(run: Run, files: list[Path], detect, errors: list) -> None:
     UserError for each photo that cannot be read, and for each picture that cannot be written."""
     options = run.options
     refuse = partial(note_error, errors)
+    for path in files:
+        remove(options.out / picture_path(path))
     verdicts = []
     highest = []  # (score, cells)
     writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -2035,23 +2077,20 @@ def predict(run: Run, files: list[Path], detect, errors: list) -> None:
             x, y = place_of_peak(options, result, i, size)
             writer.writerow([path, f"{score:.9g}", verdict, x, y])
             sys.stdout.flush()
-            picture = picture_path(path)
             if options.pictures in ("all", f"{verdict}s"):
                 cells = cells_of(run, result, i, image, short_name(path))
                 highest.append((score, cells))
                 highest.sort(key=lambda pair: -pair[0])
                 del highest[10:]
                 try:
-                    save_ranked(run, picture, str(path), [cells])
+                    save_ranked(run, picture_path(path), str(path), [cells])
                 except UserError as error:
                     refuse(error)
-            else:
-                remove(options.out / picture)
     judged = len(verdicts)
     defects = verdicts.count("defect")
     note(
         f"judged {judged} images: {defects} above the threshold {run.threshold:.4g}, "
-        f"{len(errors)} broken"
+        f"{len(errors)} errors"
     )
     if judged >= 10 and defects > judged / 2:
         note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")
@@ -2096,7 +2135,7 @@ def place_of_peak(options, result: Result, i: int, size) -> tuple:
 # What a user types goes in, and `main` acts on it: a run from its options to its report. Read
 # `main` first, then `read_options`. Whatever goes wrong ends as one line on stderr.
 
-EXIT_CODES = """exit codes: 0 done; 1 some photos could not be read or their pictures not written;
+EXIT_CODES = """exit codes: 0 done; 1 a photo or folder could not be read, or a picture not written;
 2 an error, named in one line on stderr; 130 Ctrl-C; 141 closed pipe"""
 # What is fixed at the fit, beside what the method's `fit` takes by name: --load reads it from the
 # saved file. The weights may lie elsewhere by then, and the rate may change.
@@ -2220,7 +2259,7 @@ def check_room(options, backbone, photo_count: int) -> None:
     if size > free:
         takes, has = size / 2**30, free / 2**30
         raise UserError(
-            f"--save {options.save}: takes {takes:.1f} GiB, and {has:.1f} are free there: choose "
+            f"--save {options.save}: takes {takes:.3g} GiB, and {has:.3g} are free there: choose "
             "another place, or lower --coreset"
         )
 

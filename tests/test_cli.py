@@ -337,7 +337,7 @@ def test_a_model_without_room_is_refused_before_the_fit(run_script, pill, monkey
     code, _, err = run_script("patchcore", "--data", pill, *small("patchcore"), "--save", "m.pt")
     assert code == 2
     # 8 photos x 64 patches x (128 + 256) columns x 4 bytes x 0.2 of them
-    assert f"--save m.pt: takes {8 * 64 * 384 * 4 * 0.2 / 2**30:.1f} GiB, and 0.0 are free" in err
+    assert f"--save m.pt: takes {8 * 64 * 384 * 4 * 0.2 / 2**30:.3g} GiB, and 9.31e-07 are" in err
 
 
 def test_the_rate_of_the_fit_stays_unless_another_is_given(run_script, pill):
@@ -349,6 +349,11 @@ def test_the_rate_of_the_fit_stays_unless_another_is_given(run_script, pill):
     assert f"above the threshold {threshold}, " in err
     _, _, err = run_script("knn", *judge, "--false-alarm-rate", "0.5")
     assert f"above the threshold {threshold}, " not in err
+    _, _, err = run_script("knn", *judge, "--false-alarm-rate", "0.05")
+    assert "takes 19 normal images, there are 8: " in err
+    assert "fit again with this rate" in err
+    with pytest.raises(ValueError, match="false_alarm_rate is 0: expected between 0 and 1"):
+        common.load_judge("m.pt", lambda *_: None, false_alarm_rate=0)
 
 
 def test_old_pictures_do_not_stay_among_the_new(run_script, model_file, pill, tmp_path):
@@ -357,6 +362,10 @@ def test_old_pictures_do_not_stay_among_the_new(run_script, model_file, pill, tm
     _, out, _ = run_script("knn", *judge, "--pictures", "defects")
     pictures = list((tmp_path / "results/knn/predictions").rglob("*.png"))
     assert 0 < len(pictures) == out.count(",defect,") < 10
+    photo = Path("/", pictures[0].relative_to(tmp_path / "results/knn/predictions"))
+    photo.with_suffix("").write_bytes(b"broken since")
+    code, _, err = run_script("knn", *judge, "--pictures", "defects")
+    assert (code, " 1 errors" in err, pictures[0].exists()) == (1, True, False)
     run_script("knn", *judge, "--pictures", "none")
     assert not list((tmp_path / "results/knn").rglob("*.png"))
 
@@ -589,7 +598,7 @@ def test_bad_options_are_named_in_one_line(run_script, pill, tmp_path, case):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"<html>not found</html>"])
-def test_no_weights_to_be_had(run_script, pill, offline, tmp_path, content):
+def test_no_weights_to_be_had(run_script, pill, offline, tmp_path, content, monkeypatch):
     """No network, and in the cache nothing, or half a file."""
     cached = tmp_path / "cache/hub/checkpoints/resnet18-f37072fd.pth"
     if content is not None:
@@ -602,3 +611,6 @@ def test_no_weights_to_be_had(run_script, pill, offline, tmp_path, content):
     ways = [f"delete {cached} if it is there", "efficientnet_lite0", "FILE.pth", "--weights random"]
     places = [line.index(way) for way in ways]
     assert places == sorted(places)
+    monkeypatch.setattr(common.sys, "stderr", None)  # a program without a console
+    with pytest.raises(common.UserError, match=r"^((?!NoneType).)*$"):
+        common.load_backbone("resnet18")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import zlib
 
@@ -13,6 +14,7 @@ import torch
 from conftest import load_split
 from conftest import split as split_of
 from PIL import Image, TiffImagePlugin
+from scipy import ndimage
 from torchvision import transforms
 
 
@@ -113,6 +115,8 @@ def test_what_pillow_has_scaled_or_cut_is_not_scaled_again():
         photo = b"P5 60 40 %d\n" % top + (values.astype(int) * top // 4095).astype(">u2").tobytes()
         found = np.asarray(common.read_image(photo, 12))[..., 0]
         assert np.abs(found - values / 4095 * 255).max() <= 1, top
+        opened = common.read_image(Image.open(io.BytesIO(photo)), 12)
+        np.testing.assert_array_equal(np.asarray(opened)[..., 0], found)
     Image.fromarray(16 * values).save(file := io.BytesIO(), "JPEG2000")
     found = np.asarray(common.read_image(file.getvalue(), 12))[..., 0]
     np.testing.assert_array_equal(found, values >> 4)
@@ -121,6 +125,11 @@ def test_what_pillow_has_scaled_or_cut_is_not_scaled_again():
     for photo in (negative, tiff16(colors, planes=2), png16(colors[..., :2])):
         with pytest.raises(common.UserError, match=r"photo in memory \(bytes\): cannot be read"):
             common.read_image(photo, 12)
+    with pytest.raises(common.UserError, match="gray and alpha of 16 bits"):
+        common.read_image(png16(colors[..., :2]), 12)
+    for bits in (7, 17):
+        with pytest.raises(ValueError, match=f"bits is {bits}, expected 8 to 16"):
+            common.read_image(values, bits)
 
 
 def test_odd_metadata_does_not_veto_pixels(tmp_path, gradient):
@@ -226,7 +235,7 @@ def test_what_is_passed_over_is_counted(tmp_path, capsys):
     (tmp_path / "linked").symlink_to(tmp_path / "other")
     capsys.readouterr()
     found = common.image_files(tmp_path, 1, pytest.fail)
-    assert [path.parent.name for path in found] == ["linked", "other", "sub"]
+    assert [path.parent.name for path in found] == ["other", "sub"]  # by its own name, once
     assert "files in" in capsys.readouterr().err  # those in no subfolder
 
 
@@ -242,6 +251,15 @@ def test_folders_of_any_name_and_depth_are_walked(tmp_path, monkeypatch):
     assert {str(path.resolve().parent.relative_to(tmp_path)) for path in found} == {
         "#4711", "@line2", "$5", deep
     }  # fmt: skip
+    names = "abcdefg"
+    for name in names:  # each is linked to all others
+        (tmp_path / "linked" / name).mkdir(parents=True)
+        (tmp_path / "linked" / name / "x.png").touch()
+        for other in names:
+            (tmp_path / "linked" / name / f"to {other}").symlink_to(f"../{other}")
+    found = common.image_files(tmp_path / "linked", 1, pytest.fail)
+    assert found == [tmp_path / "linked" / name / "x.png" for name in names]
+    shutil.rmtree(tmp_path / "linked")
     monkeypatch.chdir(tmp_path)
     for _ in range(20):  # a path too long to be listed
         os.mkdir(250 * "x")
@@ -282,6 +300,8 @@ def test_small_photos_are_enlarged_as_by_torchvision(tmp_path, capsys, gradient)
     assert err.count("\n") == 1
     with pytest.raises(common.UserError, match=r"c: is 300 x 2, expected sides of at most 1 to 50"):
         common.prepare(Image.new("RGB", (300, 2)), name="c")
+    with pytest.raises(common.UserError, match="image: is 0 x 0"):
+        common.prepare(Image.new("RGB", (0, 0)))
     with pytest.raises(ValueError, match="crop is 224, expected at most resize, which is 128"):
         common.prepare(Image.new("RGB", (300, 200)), 128)
 
@@ -349,7 +369,7 @@ def test_photos_that_teach_nothing_are_named(tmp_path, generator, capsys):
     path = tmp_path / "a.png"
     for color, message in {63: "1 photos are dark", 128: "", 255: "1 photos are mostly"}.items():
         photo = np.full((300, 300), color, np.uint8)
-        photo[:, :140] = min(color, 200)
+        photo[:, :60] = min(color, 200)
         Image.fromarray(photo).save(path)
         [(_, size, image, regions)] = common.load_photos([path], 256, 224, 16, pytest.fail)
         assert (size, image.shape, regions) == ((300, 300), (3, 224, 224), None)
@@ -363,6 +383,22 @@ def discs(*strengths):
     for number, strength in enumerate(strengths):
         mask[np.hypot(y - 150, x - 75 - 50 * number) < 12] = strength
     return mask
+
+
+@pytest.mark.parametrize("quality", [75, 85, 95, None])
+def test_lossy_or_resized_masks_that_were_saved_again_keep_their_regions(tmp_path, quality):
+    mask = Image.fromarray(discs(255, 0, 255).astype(np.uint8))
+    expected = np.asarray(mask) > 0
+    if quality:
+        mask.save(tmp_path / "a.jpg", quality=quality)
+        again = Image.open(tmp_path / "a.jpg")
+    else:
+        again = mask.resize((600, 600), Image.Resampling.BILINEAR)
+        expected = expected.repeat(2, 0).repeat(2, 1)
+    again.save(tmp_path / "a.png")
+    found = common.read_mask(tmp_path / "a.png")
+    assert ndimage.label(found, np.ones((3, 3)))[1] == 2
+    assert (found != expected).mean() < 0.0005
 
 
 @pytest.mark.parametrize("numbers", [(1, 3), (1, 9), (9, 1), (255, 254), range(1, 21), (8, 1, 255)])

@@ -61,7 +61,7 @@ def test_weights_file_is_loaded(tmp_path, pixels):
     torch.manual_seed(5)
     saved = torchvision.models.resnet18(weights=None).eval()
     torch.save(saved.state_dict(), tmp_path / "weights.pth")
-    loaded = common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
+    loaded = common.load_backbone("resnet18", tmp_path / "weights.pth")
     assert loaded.label == "resnet18, weights.pth weights"
     (found,) = next(common.extract(loaded, ["layer4"], pixels))
     mean, std = ([[[m]] for m in v] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))

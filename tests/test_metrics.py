@@ -1,5 +1,7 @@
 """Metrics and threshold against scikit-learn and the definitions, spelled out."""
 
+from functools import partial
+
 import common
 
 import numpy as np
@@ -90,6 +92,7 @@ def test_masks_of_integers_are_labeled_unless_they_number_regions(maps_and_masks
         assert common.au_pro(maps, ready) == expected
         assert common.au_pro(maps[:, None], ready[:, None]) == expected
         assert common.pixel_auroc(maps, ready) == common.pixel_auroc(maps, masks)
+        assert common.au_pro(maps[1], ready[1]) == common.au_pro(maps[1], masks[1])
     assert common.au_pro(maps[1], masks[1]) == common.au_pro(maps[1:2], masks[1:2])
     for wrong in (masks * 1.0, masks[:2], masks[..., :9]):
         with pytest.raises(ValueError, match="expected equal shapes, maps without NaN, and masks"):
@@ -112,6 +115,10 @@ def test_conformal_quantile_by_hand():
     assert common.conformal_quantile(scores, 0.10) == 18
     assert common.conformal_quantile(scores, 0.50) == 10
     assert common.conformal_quantile(scores, 0.01) == 19  # too few: the largest has to do
+    for wrong in (0, 1):
+        for function in (common.scores_needed, partial(common.conformal_quantile, scores)):
+            with pytest.raises(ValueError, match="expected between 0 and 1"):
+                function(wrong)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1])
