@@ -140,10 +140,10 @@ def score(network, device, images: torch.Tensor) -> common.Result:
         errors.append((originals - drawn).square().mean(dim=1).cpu())  # (B, 64, 64)
         drawings.append((255 * drawn).round().byte().cpu())
     grids = torch.cat(errors)
-    # differs from the paper: map and score: the map is blurred like the other methods' maps, so that
-    # they compare, and it is not scaled to 0 and 1. The score is the mean over the image, not the
-    # maximum: the largest single error is a speckle, on normal pills as well, while all errors of a
-    # defect together stand out.
+    # differs from the paper: map and score: the map is blurred like the other methods' maps, so
+    # that they compare, and it is not scaled to 0 and 1. The score is the mean over the image, not
+    # the maximum: the largest single error is a speckle, on normal pills as well, while all errors
+    # of a defect together stand out.
     maps = common.to_maps(grids, images.shape[2])
     scores = grids.mean(dim=(1, 2))
     reconstructions = torch.cat(drawings)  # (N, 3, 64, 64)

@@ -34,7 +34,13 @@ LAYERS = ["layer2", "layer3"]
 def add_options(add):
     # differs from the paper: layers: two stages of a ResNet instead of twelve layers of VGG19, on
     # the center crop of 224 pixels instead of all of 256.
-    add("--layers", nargs="+", choices=common.STAGES[2:], metavar="LAYER", help="(layer2 layer3)")
+    add(
+        "--layers",
+        nargs="+",
+        choices=common.STAGES[2:],
+        metavar="LAYER",
+        help="of the network (layer2 layer3)",
+    )
     # differs from the paper: training: 1000 steps instead of 700 epochs, and a learning rate that
     # rises and falls instead of the constant 1e-4.
     add("--steps", type=common.number(int, 2, 10**9), help="training steps (1000)")

@@ -62,7 +62,13 @@ def add_options(add):
     count = common.number(int, 1, 10**9)
     add("--coreset", type=share, help="share of the patch features that the bank keeps (0.1)")
     add("--neighbors", type=count, help="b of equation 7 (9); 1: the score is s* itself")
-    add("--layers", nargs="+", choices=common.STAGES[2:], metavar="LAYER", help="(layer2 layer3)")
+    add(
+        "--layers",
+        nargs="+",
+        choices=common.STAGES[2:],
+        metavar="LAYER",
+        help="of the network (layer2 layer3)",
+    )
 
 
 # ------------------------------------------------------------------ the paper's method
@@ -105,9 +111,9 @@ def fit(
     size = max(1, round(coreset * len(rows)))
     if neighbors > size:
         raise common.UserError(f"--neighbors {neighbors}: the bank holds {size} rows: lower it")
-    # differs from the paper: start: its code begins with each row's average distance to ten random
-    # rows, which stays in the minimum to the end. With the same first pick, 0.2 % of 940 picks stand
-    # at the same place, a fifth are the same, and the radius is. Here the first is drawn from the seed.
+    # differs from the paper: start: here the first pick is drawn from the seed. Its code begins with
+    # each row's average distance to ten random rows, which stays in the minimum to the end: with
+    # the same first pick 0.2 % of 940 picks stand at the same place, and a fifth are the same.
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
     picks, _, _ = cover
     bank = rows[picks.to(rows.device)].cpu()  # M_C

@@ -477,7 +477,7 @@ def read_mask(path: Path) -> np.ndarray:
                 names_classes &= not is_soft(gray)
             if np.ptp(gray) == 0 and np.ptp(alpha) > 0:
                 gray = alpha  # the colors say nothing: the drawing is in the alpha channel
-        if names_classes and len(np.unique(gray)) <= 64:
+        if names_classes and len(np.unique(gray)) <= 128:
             return gray > 0
         near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
         region, count = ndimage.label(near, TOUCHING)
@@ -716,6 +716,9 @@ def fill_in(network: nn.Module, content: dict, source: str, name: str) -> None:
             f"{source}: {len(misfits[best])} tensors are missing, unknown or of another shape, "
             f"{min(misfits[best])} for one: pass the --backbone that they belong to (not {name})"
         )
+    whole = [prefix for prefix in prefixes if not misfits[prefix]]
+    if len(whole) > 1:
+        note(f"{source}: holds {len(whole)} networks ({', '.join(whole)}): {best} is taken")
     network.load_state_dict({key: tensors[best + key] for key in own}, strict=False)
 
 
