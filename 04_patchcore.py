@@ -111,7 +111,7 @@ def fit(
     size = max(1, round(coreset * len(rows)))
     if neighbors > size:
         raise common.UserError(f"--neighbors {neighbors}: the bank holds {size} rows: lower it")
-    # differs from the paper: start: here the first pick is drawn from the seed. Its code begins with
+    # differs from the paper: start: the first pick is drawn from the seed. Its code begins with
     # each row's average distance to ten random rows, which stays in the minimum to the end: with
     # the same first pick 0.2 % of 940 picks stand at the same place, and a fifth are the same.
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
