@@ -31,7 +31,7 @@ def test_algorithm_1_as_printed_equals_numpy(generator):
     ("rows", "columns", "size"), [(60, 2, 60), (3000, 16, 700), (2500, 128, 300)]
 )
 def test_equals_naive_greedy(generator, monkeypatch, rows, columns, size, seed):
-    monkeypatch.setattr(common, "BLOCK", 1000)  # the rows meet the new picks in up to three blocks
+    monkeypatch.setattr(common, "NUMBERS", 2**20)  # the rows meet the picks in up to three blocks
     features = torch.randn(rows, columns, generator=generator)
     picks = common.greedy_coreset(features, size, seed)
     assert picks.dtype == torch.int64
@@ -79,7 +79,7 @@ def test_the_first_pick_is_drawn_from_the_seed_and_part_of_the_coreset(generator
 
 
 def test_the_cover_is_that_of_the_picks(generator, monkeypatch):
-    monkeypatch.setattr(common, "BLOCK", 1024)
+    monkeypatch.setattr(common, "NUMBERS", 2**20)
     features = torch.randn(3000, 16, generator=generator) + 50
     features[100:200] = features[:100]  # of equals the first picked counts
     picks, nearest, distances = common.greedy_coreset(features, 700, 0, with_cover=True)

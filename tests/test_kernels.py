@@ -129,11 +129,10 @@ def check_coreset(features, size):
 @pytest.mark.parametrize(("rows", "columns", "size"), [(300, 3, 90), (400, 130, 60), (33, 8, 33)])
 def test_coreset_on_the_processor(kernels, monkeypatch, generator, rows, columns, size):
     monkeypatch.setattr(common, "FRONTIER", 70)
-    monkeypatch.setattr(common, "BLOCK", 2**20)
     features = torch.randn(rows, columns, generator=generator)
     check_coreset(features, size)
-    frontiers = kernels.count("find_nearest") - 1  # the first pick has none
-    assert kernels == ["find_nearest"] + ["pick_inside", "find_nearest"] * frontiers
+    frontiers = kernels.count("find_nearest")
+    assert kernels == ["find_nearest", "pick_inside"] * frontiers
     assert frontiers < size / 4
 
 
