@@ -861,12 +861,12 @@ def plain_nearest_neighbors(queries, bank, k=1):
 def nearest_neighbors(queries, bank, k=1, backend="auto"):
     """Finds the exact Euclidean k-nearest neighbors, in memory that is small beside the bank.
 
-    The queries are (Q, D) and the bank is (N, D), both float32, of any strides, on any devices; Q
-    may be 0. Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, on the queries'
-    device. Of equally near rows the lowest index comes first. Distances are exact up to the
-    rounding of float32, in which rows closer than 1e-19 are alike. Raises ValueError for k outside
-    1..N, other shapes or dtypes, NaN or infinity, and for a backend that is not there or cannot
-    find that many. It prepares the bank at each call: a `MemoryBank` is prepared once.
+    Takes queries (Q, D) and a bank (N, D), float32, of any strides, on any devices; Q may be 0.
+    Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, of equally near rows the
+    lowest first, on the queries' device. Distances are exact up to the rounding of float32, in
+    which rows closer than 1e-19 are alike. Raises ValueError for k outside 1..N, other shapes or
+    dtypes, NaN or infinity, and a backend that is not there or cannot find that many. It prepares
+    the bank at each call: a `MemoryBank` is prepared once.
     """
     queries = torch.as_tensor(queries)
     return MemoryBank(torch.as_tensor(bank).to(queries.device), backend).nearest(queries, k)
@@ -883,10 +883,10 @@ class MemoryBank:
 
     because what is left out of q and of b differs by at least the difference of their lengths. So
     the m + 1 columns f(x) = (Px, r(x)) bound every distance from below, in place of D columns.
-    Measure k rows that look near by this bound: no row whose bound is above the farthest of them
-    can be one of the k nearest, and on features of real images only a handful of rows is left to
-    measure. Where the axes would leave too many, f(x) = x, and the bound is the distance itself.
-    The kernels of chapter 5 have f(x) = x in bfloat16, which a GPU multiplies many times as fast.
+    Measure k rows that look near: no row whose bound is above the farthest of them can be one of
+    the k nearest, and on features of real images only a handful is left to measure. Where the axes
+    would leave too many, f(x) = x, and the bound is the distance itself. For the kernels of chapter
+    5, f(x) is x in bfloat16, which a GPU multiplies many times as fast.
 
     The squared bound |f(q)|^2 + |f(b)|^2 - 2 f(q).f(b) is rounded by about
     eps * sqrt(D) * (|q|^2 + |b|^2), because the errors of a sum add up like a random walk (Higham
@@ -899,8 +899,7 @@ class MemoryBank:
         self.rows = torch.as_tensor(rows).detach()  # (N, D)
         check_rows("bank", self.rows)
         self.backend = backend
-        # An odd step, so that the sample does not hit the same patch position in every image.
-        step = len(rows) // 2048 | 1
+        step = len(rows) // 2048 | 1  # odd: not the same patch position in every image
         sample = self.rows[::step]  # (1366 to 4095, D), or all rows if they are fewer
         self.center = sample.mean(dim=0)  # (D,)
         self.on_cuda = uses_cupy(backend, rows)
@@ -978,8 +977,7 @@ def nearest_torch(bank: MemoryBank, queries: torch.Tensor, k: int):
     limit = torch.maximum(farthest.square(), smallest[:, -1])
     limit = limit.clamp(max=torch.finfo(limit.dtype).max)[:, None]
     in_query, group = torch.where(least <= limit)  # (groups left,)
-    is_left = groups[in_query, group] <= limit[in_query]  # (groups left, size)
-    which, place = torch.where(is_left)
+    which, place = torch.where(groups[in_query, group] <= limit[in_query])
     query = in_query[which]  # (pairs,), ascending
     row = group[which] * size + place
     distances = measure(queries, bank.rows, query, row)
@@ -1082,24 +1080,22 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     earliest of equals, and the distances (N,) float32 to it. All are on the features' device.
     Raises ValueError for another size, and for what `check_rows` refuses.
 
-    The obvious loop reads all N rows at each pick. This one makes the same picks and rarely looks
-    at most rows, because a row's distance to the picked ones can only shrink. So put aside the
-    FRONTIER of the farthest rows, and pick inside it alone, until the best of it is no farther than
-    the last of it was at the start, which stands for all rows outside. Then all rows meet the new
-    picks at once, and a new frontier is drawn.
+    The obvious loop reads all N rows at each pick. But a row's distance to the picks can only
+    shrink. So put aside the FRONTIER of the farthest rows, and pick inside it alone until its last
+    row is the farthest there: this one keeps its distance, for no row outside is farther. Then all
+    rows meet the new picks at once, and a new frontier is drawn. The picks are the same.
     """
     features = torch.as_tensor(features)
     check_rows("features", features)
     if not 1 <= size <= len(features):
         raise ValueError(f"size is {size}: expected 1 to {len(features)}, the number of features")
-    draw = torch.Generator().manual_seed(seed)
-    first = torch.randint(len(features), (1,), generator=draw)
     device = features.device
     rows = features.detach()
     rows = rows.cpu() if device.type == "mps" else rows  # MPS has no float64
-    distances = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
-    assignment = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-    new = first.to(rows.device)
+    distances = rows.new_full((len(rows),), torch.inf, dtype=torch.float64)
+    assignment = torch.zeros_like(distances, dtype=torch.int64)
+    draw = torch.Generator().manual_seed(seed)
+    new = torch.randint(len(rows), (1,), generator=draw).to(rows.device)
     picks = new[:0]
     with progress(description="coreset", total=size) as bar:
         while len(new):
@@ -1109,7 +1105,7 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
             bar.update(len(new))
             new = farthest_rows(rows, distances, size - len(picks), backend)
     covered = distances.clamp(min=0).float()
-    cover = picks.to(device), assignment.to(device), covered.to(device)
+    cover = [part.to(device) for part in (picks, assignment, covered)]
     return cover if with_cover else cover[0]
 
 
@@ -1130,22 +1126,23 @@ def meet(rows, new, count: int, distances, assignment, backend) -> None:
 
 
 def meet_torch(picks: MemoryBank, count: int, vectors, known, number) -> None:
-    """Does this for vectors (n, D), with the lower bound of chapter 3: of each, it measures the
-    pick with the least bound, until no bound is below its distance."""
+    """Does this for vectors (n, D): it measures the pick that looks nearest by the lower bound of
+    chapter 3, and the next one, until no bound is below the distance."""
     bounds = picks.lower_bounds(vectors)  # (n, len(picks) and more)
-    row = torch.arange(len(vectors), device=vectors.device)  # those whose distance may shrink
+    row = torch.arange(len(vectors), device=vectors.device)
     while len(row):
         before = known[row]
         # What is zero, or less at picks, cannot shrink.
         may_shrink = (bounds.amin(dim=1) <= before.square()) & (before > 0)
-        row = row[may_shrink]
-        bounds = bounds[may_shrink]
-        pick = bounds.argmin(dim=1)
-        bounds.scatter_(1, pick[:, None], torch.inf)  # this pair is done
-        measured = measure(vectors, picks.rows, row, pick, torch.float64)
-        pick += count
-        equal = measured == known[row]
-        closer = (measured < known[row]) | (equal & (pick < number[row]))
+        left = may_shrink.nonzero()[:, 0]
+        row = row[left]
+        bounds = bounds.index_select(0, left)
+        nearest = bounds.argmin(dim=1)
+        bounds.scatter_(1, nearest[:, None], torch.inf)  # this pair is done
+        measured = measure(vectors, picks.rows, row, nearest, torch.float64)
+        pick = count + nearest
+        is_earlier = (measured == known[row]) & (pick < number[row])
+        closer = (measured < known[row]) | is_earlier
         known[row[closer]] = measured[closer]
         number[row[closer]] = pick[closer]
 
@@ -1165,7 +1162,7 @@ def farthest_rows(rows, distances, wanted: int, backend) -> torch.Tensor:
 
 def pick_torch(vectors, distances, last, wanted: int) -> list[int]:
     """Makes up to `wanted` greedy picks among vectors (n, D), whose distances so far are (n,)
-    float64. It ends at number `last`, whose distance stays, as no row outside is farther."""
+    float64, until it comes to number `last`, whose distance stays."""
     doubles = vectors.double().cpu().numpy()
     inside = distances.cpu().numpy()
     picks = []
@@ -1369,10 +1366,9 @@ def launch(name: str, blocks: int, threads: int, arguments: list) -> None:
     from cupy.cuda import Stream
 
     passed = [a.data_ptr() if torch.is_tensor(a) else a for a in arguments]
-    with torch.cuda.device(arguments[0].device):
+    with torch.cuda.device(arguments[0].device), Stream.from_external(torch.cuda.current_stream()):
         if blocks:
-            with Stream.from_external(torch.cuda.current_stream()):
-                cuda_kernels()[name]((blocks,), (threads,), tuple(passed))
+            cuda_kernels()[name]((blocks,), (threads,), tuple(passed))
 
 
 @cache
