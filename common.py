@@ -912,7 +912,8 @@ class MemoryBank:
         centered = x - self.center
         short = centered.bfloat16() if self.on_cuda else project(centered, self.axes)
         length = vector_norm(short, dim=1, dtype=torch.float32)
-        return short, (1 - MARGIN * x.shape[1] ** 0.5) * length.square()
+        margin = MARGIN * x.shape[1] ** 0.5
+        return short, (1 - margin) * length.square()
 
     def only(self, keep: torch.Tensor) -> "MemoryBank":
         """Returns the bank of the rows where `keep`, (N,) bool, is True. It copies no row."""
@@ -925,7 +926,8 @@ class MemoryBank:
         infinity in as many columns more as complete the last group."""
         short, squared = self.shorten(queries)
         missing = -len(self.rows) % GROUP
-        bounds = squared[:, None] + nn.functional.pad(self.squared, (0, missing), value=torch.inf)
+        completed = nn.functional.pad(self.squared, (0, missing), value=torch.inf)
+        bounds = squared[:, None] + completed
         bounds[:, : len(self.rows)].addmm_(short, self.short.T, alpha=-2)
         return bounds
 
@@ -1006,7 +1008,8 @@ def useful_axes(sample: torch.Tensor):
     distances = torch.cdist(sample[::32], sample[1::2])
     bounds = torch.cdist(short[::32], short[1::2])
     left = bounds <= distances.amin(dim=1, keepdim=True)
-    return axes if 25 * left.float().mean() < 1 - count / columns else None
+    saved = 1 - count / columns  # of the product of D columns
+    return axes if 25 * left.float().mean() < saved else None
 
 
 def project(x: torch.Tensor, axes) -> torch.Tensor:
@@ -1134,7 +1137,7 @@ def meet_torch(picks: MemoryBank, count: int, vectors, known, number) -> None:
         before = known[row]
         # What is zero, or less at picks, cannot shrink.
         may_shrink = (bounds.amin(dim=1) <= before.square()) & (before > 0)
-        left = may_shrink.nonzero()[:, 0]
+        left = torch.where(may_shrink)[0]
         row = row[left]
         bounds = bounds.index_select(0, left)
         nearest = bounds.argmin(dim=1)

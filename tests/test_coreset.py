@@ -102,6 +102,11 @@ def test_refuses_what_it_cannot_pick_from(features, size, message):
 
 
 def test_of_equally_near_picks_a_row_is_assigned_to_the_earliest():
+    grid = torch.cartesian_prod(*[torch.arange(14.0)] * 3)
+    features = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))[:1500]]
+    picks, assignment, _ = common.greedy_coreset(features, 400, with_cover=True)
+    exact = (features[:, None] - features[picks]).square().sum(dim=2)  # of integers
+    assert torch.equal(assignment, exact.argmin(1))
     features = torch.tensor([[0.0], [2.0], [1.0]])
     for seed in range(8):
         picks, assignment, distances = common.greedy_coreset(features, 2, seed, with_cover=True)
