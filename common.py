@@ -1339,9 +1339,11 @@ def nearest_cupy(bank: MemoryBank, queries: torch.Tensor, k: int):
     products = multiply(short, bank.short)  # (P, N)
     distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
     indices = torch.empty_like(distances, dtype=torch.int64)
+    bounds = [products, squared, bank.squared]
     vectors = [queries.contiguous(), bank.rows.contiguous()]
-    inputs = [products, squared, bank.squared, *vectors, *bank.rows.shape, k]
-    launch("find_nearest", len(queries), THREADS, [*inputs, distances, indices])
+    sizes = [*bank.rows.shape, k]
+    arguments = bounds + vectors + sizes + [distances, indices]
+    launch("find_nearest", len(queries), THREADS, arguments)
     return distances, indices
 
 
@@ -1380,7 +1382,8 @@ def cuda_kernels():
     try:
         import cupy
 
-        cupy.cuda.Stream.from_external(torch.cuda.current_stream())  # an older CuPy cannot
+        # This fails before CuPy 14 and torch 2.10.
+        cupy.cuda.Stream.from_external(torch.cuda.current_stream())
         module = cupy.RawModule(code=CUDA)
         module.compile()
         return {name: module.get_function(name) for name in ("find_nearest", "pick_inside")}
