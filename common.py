@@ -878,16 +878,14 @@ def enlarging(length: int, side: int, sigma: float) -> torch.Tensor:
 # `plain_nearest_neighbors` first, then `MemoryBank`, which finds the same and measures few rows.
 
 NUM_AXES = 128  # m of `MemoryBank` at most
-ROWS = 2048  # so many rows are prepared at a time
 GROUP = 64  # of so many neighboring bounds only the least is looked at first
-BOUNDS = 2**22  # so many bounds are held at a time: they take 16 MiB
+NUMBERS = 2**22  # so many are worked on at a time: they take 16 MiB
 MARGIN = 8 * torch.finfo(torch.float32).eps  # see `MemoryBank`
 DIFFERENCES = "donot_use_mm_for_euclid_dist"  # for torch.cdist, as a product loses digits
 
 
 def plain_nearest_neighbors(queries, bank, k=1):
-    """Finds what `nearest_neighbors` finds, by the definition, in float64, with all pairs in
-    memory."""
+    """Finds what `nearest_neighbors` finds by the definition, in float64, all pairs in memory."""
     distances = torch.cdist(queries.double(), bank.double(), compute_mode=DIFFERENCES)  # (Q, N)
     nearest = distances.sort(dim=1, stable=True)  # of equals the lowest row comes first
     return nearest.values[:, :k], nearest.indices[:, :k]
@@ -896,12 +894,12 @@ def plain_nearest_neighbors(queries, bank, k=1):
 def nearest_neighbors(queries, bank, k=1, backend="auto"):
     """Finds the exact Euclidean k-nearest neighbors, in memory that is small beside the bank.
 
-    The queries are (Q, D) and the bank is (N, D), both float32, of any strides, on any devices; Q
-    may be 0. Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, on the queries'
-    device. Of equally near rows the lowest index comes first. Distances are exact up to the
-    rounding of float32, in which rows closer than 1e-19 are alike. Raises ValueError for k outside
-    1..N, other shapes or dtypes, NaN or infinity, and for a backend that is not there or cannot
-    find that many. It prepares the bank at each call: a `MemoryBank` is prepared once.
+    Takes queries (Q, D) and a bank (N, D), float32, of any strides, on any devices; Q may be 0.
+    Returns distances (Q, k) float32, ascending, and indices (Q, k) int64, of equally near rows the
+    lowest first, on the queries' device. Distances are exact up to the rounding of float32, in
+    which rows closer than 1e-19 are alike. Raises ValueError for k outside 1..N, other shapes or
+    dtypes, NaN or infinity, and a backend that is not there or cannot find that many. It prepares
+    the bank at each call: a `MemoryBank` is prepared once.
     """
     queries = torch.as_tensor(queries)
     return MemoryBank(torch.as_tensor(bank).to(queries.device), backend).nearest(queries, k)
@@ -918,10 +916,10 @@ class MemoryBank:
 
     because what is left out of q and of b differs by at least the difference of their lengths. So
     the m + 1 columns f(x) = (Px, r(x)) bound every distance from below, in place of D columns.
-    Measure the k rows that look nearest by this bound. No row whose bound is above the k-th of
-    their distances can be one of the k nearest, and on features of real images only a handful of
-    rows is left to measure. Where the axes would leave too many, f(x) = x: the bound is then the
-    distance itself, by the plain product. The kernels of chapter 5 have an f(x) of their own.
+    Measure k rows that look near: no row whose bound is above the farthest of them can be one of
+    the k nearest, and on features of real images only a handful is left to measure. Where the axes
+    would leave too many, f(x) = x, and the bound is the distance itself. For the kernels of chapter
+    5, f(x) is x in bfloat16, which a GPU multiplies many times as fast.
 
     The squared bound |f(q)|^2 + |f(b)|^2 - 2 f(q).f(b) is rounded by about
     eps * sqrt(D) * (|q|^2 + |b|^2), because the errors of a sum add up like a random walk (Higham
@@ -934,16 +932,21 @@ class MemoryBank:
         self.rows = torch.as_tensor(rows).detach()  # (N, D)
         check_rows("bank", self.rows)
         self.backend = backend
-        # An odd step, so that the sample does not hit the same patch position in every image.
-        step = len(rows) // 2048 | 1
+        step = len(rows) // 2048 | 1  # odd: not the same patch position in every image
         sample = self.rows[::step]  # (1366 to 4095, D), or all rows if they are fewer
         self.center = sample.mean(dim=0)  # (D,)
-        self.rounded = uses_cupy(backend, rows)  # f(x) is then that of `round_off`
-        self.axes = None if self.rounded else useful_axes(sample, self.center)  # (D, m)
-        self.shorten = round_off if self.rounded else partial(shorten, axes=self.axes)
-        parts = [self.shorten(part - self.center) for part in self.rows.split(ROWS)]
-        # f(b), (N, m + 1); |f(b)|^2, lowered for rounding, (N,); and |b - f(b)|, raised, (N,)
-        self.short, self.squared, self.error = map(torch.cat, zip(*parts, strict=True))
+        self.on_cuda = uses_cupy(backend, rows)
+        self.axes = None if self.on_cuda else useful_axes(sample - self.center)  # (D, m)
+        parts = map(self.shorten, in_blocks(self.rows, rows.shape[1]))
+        self.short, self.squared = map(torch.cat, zip(*parts, strict=True))  # (N, m + 1), (N,)
+
+    def shorten(self, x: torch.Tensor):
+        """Returns f(x) of vectors (n, D), and its squared length, lowered for rounding, (n,)."""
+        centered = x - self.center
+        short = centered.bfloat16() if self.on_cuda else project(centered, self.axes)
+        length = vector_norm(short, dim=1, dtype=torch.float32)
+        margin = MARGIN * x.shape[1] ** 0.5
+        return short, (1 - margin) * length.square()
 
     def only(self, keep: torch.Tensor) -> "MemoryBank":
         """Returns the bank of the rows where `keep`, (N,) bool, is True. It copies no row."""
@@ -954,9 +957,10 @@ class MemoryBank:
     def lower_bounds(self, queries: torch.Tensor) -> torch.Tensor:
         """Returns for queries (P, D) what no squared distance is below, by one product: (P, N), and
         infinity in as many columns more as complete the last group."""
-        short, squared, _ = self.shorten(queries - self.center)
+        short, squared = self.shorten(queries)
         missing = -len(self.rows) % GROUP
-        bounds = squared[:, None] + nn.functional.pad(self.squared, (0, missing), value=torch.inf)
+        completed = nn.functional.pad(self.squared, (0, missing), value=torch.inf)
+        bounds = squared[:, None] + completed
         bounds[:, : len(self.rows)].addmm_(short, self.short.T, alpha=-2)
         return bounds
 
@@ -967,97 +971,87 @@ class MemoryBank:
         check_rows("queries", queries)
         if queries.shape[1] != self.rows.shape[1]:
             raise ValueError(f"queries: {queries.shape[1]} columns, the bank {self.rows.shape[1]}")
-        count = int(self.squared.isfinite().sum())
+        is_kept = self.squared.isfinite()
+        count = int(is_kept.sum())
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}: expected 1 to {count}, the rows of the bank")
-        if self.rounded and not uses_cupy(self.backend, self.rows, k):
-            bank = MemoryBank(self.rows, "torch")  # for more neighbors than a kernel finds
-            return bank.only(self.squared.isfinite()).nearest(queries, k)
-        search = nearest_cupy if self.rounded else nearest_torch
-        block_size = max(1, most_bounds(self.rows.device) // len(self.rows))
-        own_queries = queries.detach().to(self.rows.device)
-        blocks = [search(self, block, k) for block in own_queries.split(block_size)]
-        distances = torch.cat([block_distances.float() for block_distances, _ in blocks])
-        indices = torch.cat([block_indices for _, block_indices in blocks])
-        return distances.to(queries.device), indices.to(queries.device)
+        if self.on_cuda and not uses_cupy(self.backend, self.rows, k):  # too many for a kernel
+            return MemoryBank(self.rows, "torch").only(is_kept).nearest(queries, k)
+        search = nearest_cupy if self.on_cuda else nearest_torch
+        blocks = in_blocks(queries.detach().to(self.rows.device), len(self.rows))
+        found = [search(self, block, k) for block in blocks]
+        distances, indices = map(torch.cat, zip(*found, strict=True))
+        return distances.float().to(queries.device), indices.to(queries.device)
+
+
+def in_blocks(x: torch.Tensor, width: int):
+    """Splits x so that NUMBERS are worked on at a time, if a row of x takes `width` of them. On a
+    GPU they are 32 times as many, but no more than an eighth of the free memory."""
+    numbers = NUMBERS
+    if x.is_cuda:
+        free, _ = torch.cuda.mem_get_info(x.device)  # bytes, 4 for each number
+        numbers = min(32 * NUMBERS, free // 32)
+    return x.split(max(1, numbers // max(width, 1024)))
 
 
 def nearest_torch(bank: MemoryBank, queries: torch.Tensor, k: int):
     """Finds the k nearest rows of a few queries (P, D): distances and indices, (P, k)."""
-    groups = bank.lower_bounds(queries).unflatten(1, (-1, GROUP))  # (P, N / GROUP, GROUP)
-    least = groups.amin(dim=2)  # (P, N / GROUP), in a tenth of the time of `topk`
-    # Measure the k rows that look nearest: no neighbor is farther than the farthest of them. They
-    # are in the k groups with the least bounds.
-    likely = least.topk(min(k, least.shape[1]), largest=False).indices  # (P, g)
-    inside = torch.take_along_dim(groups, likely[:, :, None], dim=1)  # (P, g, GROUP)
-    smallest, place = inside.flatten(1).topk(k, largest=False)  # (P, k)
-    first_groups = likely.gather(1, place // GROUP)
-    first_rows = first_groups * GROUP + place % GROUP
+    bounds = bank.lower_bounds(queries)
+    size = GROUP if k * GROUP <= bounds.shape[1] else 1
+    groups = bounds.unflatten(1, (-1, size))  # (P, G, size)
+    least = groups.amin(dim=2)  # (P, G), in a tenth of the time of `topk`
+    # Measure the row with the least bound of each of k groups. No neighbor is farther than the
+    # farthest of these rows.
+    smallest, likely = least.topk(k, largest=False)  # (P, k)
+    place = torch.take_along_dim(groups, likely[:, :, None], dim=1).argmin(dim=2)
+    first_rows = likely * size + place
     number = torch.arange(len(queries), device=queries.device)  # (P,)
-    repeated = number.repeat_interleave(k)
-    measured = measure(queries, bank.rows, repeated, first_rows.flatten())
-    farthest = measured.view(smallest.shape).amax(dim=1)  # (P,)
-    # Do the plain search's first step for the pairs that the bound does not exclude. These are at
-    # least the k rows of each query, and no hidden row.
+    measured = measure(queries, bank.rows, number.repeat_interleave(k), first_rows.flatten())
+    farthest = measured.view(-1, k).amax(dim=1)  # (P,)
+    # Measure all pairs that the bound does not exclude: at least these, and no hidden row.
     limit = torch.maximum(farthest.square(), smallest[:, -1])
     limit = limit.clamp(max=torch.finfo(limit.dtype).max)[:, None]
-    in_query, group = (least <= limit).nonzero().unbind(dim=1)  # (groups left,)
-    is_left = groups[in_query, group] <= limit[in_query]  # (groups left, GROUP)
-    which, place = is_left.nonzero().unbind(dim=1)
+    in_query, group = torch.where(least <= limit)  # (groups left,)
+    which, place = torch.where(groups[in_query, group] <= limit[in_query])
     query = in_query[which]  # (pairs,), ascending
-    row = group[which] * GROUP + place
+    row = group[which] * size + place
     distances = measure(queries, bank.rows, query, row)
-    # Do the plain search's second step: sort by distance, and then by query. Of equals the lowest
-    # row stays first.
-    by_distance = distances.argsort(stable=True)
-    in_queries = query[by_distance].argsort(stable=True)
-    order = by_distance[in_queries]
+    # Sort by distance, and then by query. Of equals the lowest row stays first.
+    order = distances.argsort(stable=True)
+    order = order[query[order].argsort(stable=True)]
     start = torch.searchsorted(query, number)  # where each query's pairs begin
     nearest = order[start[:, None] + torch.arange(k, device=order.device)]  # (P, k)
     return distances[nearest], row[nearest]
 
 
-def most_bounds(device: torch.device) -> int:
-    """Returns how many bounds are held at a time: on a GPU more, and an eighth of what is free."""
-    if device.type != "cuda":
-        return BOUNDS
-    free, _ = torch.cuda.mem_get_info(device)  # bytes, 4 for each bound
-    return min(32 * BOUNDS, free // 32)
-
-
 @undisturbed()
-def useful_axes(sample: torch.Tensor, center: torch.Tensor):
-    """Returns the principal axes (D, m) around a center, or None if they would save nothing.
+def useful_axes(sample: torch.Tensor):
+    """Returns the principal axes (D, m) of a centered sample, or None if they would save nothing.
 
     To measure a row that the bound leaves costs about as much as 25 products of D columns.
     """
-    count = min(NUM_AXES, sample.shape[1] // 3)
+    columns = sample.shape[1]
+    count = min(NUM_AXES, columns // 3)
     if len(sample) < 1024 or count < 16:
         return None
-    centered = sample - center
     torch.manual_seed(0)
-    _, _, axes = torch.pca_lowrank(centered.cpu(), count, center=False)
+    _, _, axes = torch.pca_lowrank(sample.cpu(), count, center=False)
     axes = axes.to(sample.device)
-    short, _, _ = shorten(centered, axes)
-    distances = torch.cdist(centered[::32], centered[1::2])
+    short = project(sample, axes)
+    distances = torch.cdist(sample[::32], sample[1::2])
     bounds = torch.cdist(short[::32], short[1::2])
     left = bounds <= distances.amin(dim=1, keepdim=True)
-    saved = 1 - count / sample.shape[1]  # of the product of D columns
+    saved = 1 - count / columns  # of the product of D columns
     return axes if 25 * left.float().mean() < saved else None
 
 
-def shorten(x: torch.Tensor, axes):
-    """Returns of x, (n, D), which counts from the center: f(x), (n, m + 1), |x|^2, lowered for
-    rounding, and zero for |x - f(x)|, as `round_off` has it."""
-    margin = MARGIN * x.shape[1] ** 0.5
-    squared = (1 - margin) * vector_norm(x, dim=1).square()
-    none = torch.zeros_like(squared)
+def project(x: torch.Tensor, axes) -> torch.Tensor:
+    """Returns (Px, r(x)), (n, m + 1), of centered vectors (n, D); without axes, x."""
     if axes is None:
-        return x, squared, none
+        return x
     along = x @ axes  # Px
     rest = x - along @ axes.T
-    left_out = vector_norm(rest, dim=1, keepdim=True)  # r(x)
-    return torch.cat([along, left_out], dim=1), squared, none
+    return torch.cat([along, vector_norm(rest, dim=1, keepdim=True)], dim=1)
 
 
 def measure(queries, rows, query, row, dtype=torch.float32):
@@ -1085,8 +1079,7 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
 # Patch features go in; the indices of a few that cover them all come out, in the order picked. Read
 # `plain_greedy_coreset` first, then `greedy_coreset`, which makes the same picks in less time.
 
-FRONTIER = 512  # so many of the farthest rows are put aside
-BLOCK = 4096  # so many rows meet the new picks at a time on a CPU
+FRONTIER = 512  # so many of the farthest rows are put aside; a warp of chapter 5 holds no more
 
 
 def plain_greedy_coreset(features, size: int, first: int) -> list[int]:
@@ -1123,24 +1116,22 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     earliest of equals, and the distances (N,) float32 to it. All are on the features' device.
     Raises ValueError for another size, and for what `check_rows` refuses.
 
-    The obvious loop reads all N rows at each pick. This one makes the same picks and rarely looks
-    at most rows, because a row's distance to the picked ones can only shrink. So put aside the
-    FRONTIER of the farthest rows, and pick inside it alone; as long as the best of it is farther
-    than the farthest row outside was at the start, no row outside can win. When that ends, all rows
-    meet the new picks at once, and a new frontier is drawn.
+    The obvious loop reads all N rows at each pick. But a row's distance to the picks can only
+    shrink. So put aside the FRONTIER of the farthest rows, and pick inside it alone until its last
+    row is the farthest there: this one keeps its distance, for no row outside is farther. Then all
+    rows meet the new picks at once, and a new frontier is drawn. The picks are the same.
     """
     features = torch.as_tensor(features)
     check_rows("features", features)
     if not 1 <= size <= len(features):
         raise ValueError(f"size is {size}: expected 1 to {len(features)}, the number of features")
-    draw = torch.Generator().manual_seed(seed)
-    first = torch.randint(len(features), (1,), generator=draw)
     device = features.device
     rows = features.detach()
     rows = rows.cpu() if device.type == "mps" else rows  # MPS has no float64
-    distances = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
-    assignment = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-    new = first.to(rows.device)
+    distances = rows.new_full((len(rows),), torch.inf, dtype=torch.float64)
+    assignment = torch.zeros_like(distances, dtype=torch.int64)
+    draw = torch.Generator().manual_seed(seed)
+    new = torch.randint(len(rows), (1,), generator=draw).to(rows.device)
     picks = new[:0]
     with progress(description="coreset", total=size) as bar:
         while len(new):
@@ -1150,83 +1141,74 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
             bar.update(len(new))
             new = farthest_rows(rows, distances, size - len(picks), backend)
     covered = distances.clamp(min=0).float()
-    cover = picks.to(device), assignment.to(device), covered.to(device)
+    cover = [part.to(device) for part in (picks, assignment, covered)]
     return cover if with_cover else cover[0]
 
 
 def meet(rows, new, count: int, distances, assignment, backend) -> None:
     """Brings the min of algorithm 1, line 3, up to date when the picks `new` come after `count`
-    others: the distances (N,) float64, and the assignment (N,)."""
+    others: the distances (N,) float64, and the assignment (N,), in place."""
     picks = MemoryBank(rows[new], backend)
-    most_rows = BLOCK if rows.device.type == "cpu" else 64 * BLOCK
-    block_size = max(1, min(most_rows, most_bounds(rows.device) // len(new)))
-    for start in range(0, len(rows), block_size):
-        part = slice(start, start + block_size)
-        measured, pick = nearest_pick(picks, rows[part], distances[part])
-        closer = measured < distances[part]
-        assignment[part] = torch.where(closer, count + pick, assignment[part])
-        distances[part] = torch.minimum(measured, distances[part])
+    blocks = partial(in_blocks, width=len(new))
+    parts = zip(blocks(rows), blocks(distances), blocks(assignment), strict=True)
+    for vectors, known, number in parts:
+        if picks.on_cuda:
+            measured, pick = nearest_cupy(picks, vectors, 1)
+            closer = measured[:, 0] < known
+            torch.where(closer, count + pick[:, 0], number, out=number)
+            torch.minimum(known, measured[:, 0], out=known)
+        else:
+            meet_torch(picks, count, vectors, known, number)
 
 
-def nearest_pick(picks: MemoryBank, rows: torch.Tensor, known: torch.Tensor):
-    """Finds for rows (n, D) the distance (n,) float64 to the nearest pick, and its number, (n,), of
-    equals the lowest. Where no pick is nearer than `known`, it may leave that.
-
-    The lower bound of chapter 3 tells which picks may be nearer than `known`. Only those are
-    measured, the one with the least bound first, until no bound of any row is below its distance.
-    """
-    if picks.rounded:
-        measured, pick = nearest_cupy(picks, rows, 1)
-        return measured[:, 0], pick[:, 0]
-    nearest = known.clone()
-    number = torch.full_like(known, -1, dtype=torch.int64)
-    bounds = picks.lower_bounds(rows)  # (n, len(picks) and more)
-    open_rows = torch.arange(len(rows), device=rows.device)
-    while len(open_rows):
-        before = nearest[open_rows]
-        # What is zero, or less at picks, cannot come down.
-        is_open = (bounds.amin(dim=1) <= before.square()) & (before > 0)
-        below = is_open.nonzero()[:, 0]
-        open_rows = open_rows[below]
-        bounds = bounds[below]
-        pick = bounds.argmin(dim=1)
-        measured = measure(rows, picks.rows, open_rows, pick, torch.float64)
-        lower = (measured == nearest[open_rows]) & (pick < number[open_rows])
-        closer = ((measured < before[below]) | lower).nonzero()[:, 0]
-        row = open_rows[closer]
-        nearest[row] = measured[closer]
-        number[row] = pick[closer]
-        bounds.scatter_(1, pick[:, None], torch.inf)  # this pair is done
-    return nearest, number
+def meet_torch(picks: MemoryBank, count: int, vectors, known, number) -> None:
+    """Does this for vectors (n, D): it measures the pick that looks nearest by the lower bound of
+    chapter 3, and the next one, until no bound is below the distance."""
+    bounds = picks.lower_bounds(vectors)  # (n, len(picks) and more)
+    row = torch.arange(len(vectors), device=vectors.device)
+    while len(row):
+        before = known[row]
+        # What is zero, or less at picks, cannot shrink.
+        may_shrink = (bounds.amin(dim=1) <= before.square()) & (before > 0)
+        left = torch.where(may_shrink)[0]
+        row = row[left]
+        bounds = bounds.index_select(0, left)
+        nearest = bounds.argmin(dim=1)
+        bounds.scatter_(1, nearest[:, None], torch.inf)  # this pair is done
+        measured = measure(vectors, picks.rows, row, nearest, torch.float64)
+        pick = count + nearest
+        is_earlier = (measured == known[row]) & (pick < number[row])
+        closer = (measured < known[row]) | is_earlier
+        known[row[closer]] = measured[closer]
+        number[row[closer]] = pick[closer]
 
 
 def farthest_rows(rows, distances, wanted: int, backend) -> torch.Tensor:
     """Returns the next greedy picks, as many as are certain, but at most `wanted`."""
-    if wanted == 0:
-        return distances[:0].long()
-    inside = min(FRONTIER, len(rows) - 1)  # one row at least stays outside
-    limit = distances.topk(inside + 1).values[-1]  # of the farthest row outside
+    count = min(FRONTIER, len(rows))
+    limit = distances.topk(count).values[-1]
     far = (distances >= limit).nonzero()[:, 0]
-    farthest = far[distances[far].argsort(descending=True, stable=True)]
-    frontier = farthest[:inside].sort().values
-    before = torch.searchsorted(frontier, farthest[inside])  # so many rows inside are lower
+    order = distances[far].argsort(descending=True, stable=True)
+    farthest = far[order[:count]]
+    frontier = farthest.sort().values  # of equals argmax finds the first
+    last = torch.searchsorted(frontier, farthest[-1])
     pick = pick_cupy if uses_cupy(backend, rows) else pick_torch
-    return frontier[pick(rows[frontier], distances[frontier], limit, before, wanted)]
+    return frontier[pick(rows[frontier], distances[frontier], last, wanted)]
 
 
-def pick_torch(vectors, distances, limit, before, wanted: int) -> list[int]:
+def pick_torch(vectors, distances, last, wanted: int) -> list[int]:
     """Makes up to `wanted` greedy picks among vectors (n, D), whose distances so far are (n,)
-    float64. It ends when the best is below the limit, or at it and none of the first `before`."""
+    float64, until it comes to number `last`, whose distance stays."""
     doubles = vectors.double().cpu().numpy()
     inside = distances.cpu().numpy()
-    limit = float(limit)
     picks = []
     while len(picks) < wanted:  # algorithm 1, lines 2 to 4, on the frontier alone
         pick = int(inside.argmax())
-        if inside[pick] < limit or (inside[pick] == limit and pick >= before):
+        if pick == last:
             break
         picks.append(pick)
         to_pick = spatial.distance.cdist(doubles[pick : pick + 1], doubles)[0]
+        to_pick[last] = np.inf
         inside = np.minimum(inside, to_pick)
         inside[pick] = -1.0
     return picks
@@ -1236,20 +1218,20 @@ def pick_torch(vectors, distances, limit, before, wanted: int) -> list[int]:
 # Here are the inner steps of the same search and coreset for CUDA tensors, by CuPy. Read a kernel
 # beside the function of chapter 3 or 4 that its comment names.
 
-THREADS = 256  # of a block that searches
+THREADS = 128  # of a block that searches
 MOST = 32  # neighbors that a warp can keep, one in each lane
 CUDA = r"""
 #define ALL 0xffffffffu                         // lanes of a warp
 #define NOTHING __int_as_float(0x7f800000)      // infinity, and
 #define NO_ROW 0x7fffffffffffffffLL             // a row that comes after all others
+#define LARGEST 3.4028234e38f                   // finite number
 
 // Keeps (value, row) where it belongs among the least 32 of a warp, one in each lane, in order.
-template <typename T>
-__device__ void keep(T value, long long row, T& kept, long long& kept_row) {
+__device__ void keep(double value, long long row, double& kept, long long& kept_row) {
     int lane = threadIdx.x % 32;
     bool is_before = kept < value || (kept == value && kept_row < row);
     int place = __popc(__ballot_sync(ALL, is_before));
-    T left = __shfl_up_sync(ALL, kept, 1);
+    double left = __shfl_up_sync(ALL, kept, 1);
     long long left_row = __shfl_up_sync(ALL, kept_row, 1);
     if (lane > place) { kept = left; kept_row = left_row; }  // make room
     if (lane == place) { kept = value; kept_row = row; }
@@ -1257,8 +1239,8 @@ __device__ void keep(T value, long long row, T& kept, long long& kept_row) {
 
 // Counts what comes before (value, row) among the first k that each warp of the block passes.
 __device__ int rank(double value, long long row, int k) {
-    __shared__ double values[256];
-    __shared__ long long numbers[256];
+    __shared__ double values[128];
+    __shared__ long long numbers[128];
     __syncthreads();  // all have read what was there
     values[threadIdx.x] = value;
     numbers[threadIdx.x] = row;
@@ -1282,121 +1264,120 @@ __device__ double measure(const float* one, const float* other, long long column
     return sqrt(sum);
 }
 
-// `nearest_torch` after the product: a block serves a query, each warp has a share of the rows.
-extern "C" __global__ void __launch_bounds__(256) find_nearest(
-        const float* products, const float* own_squared, const float* own_error,
-        const float* squared, const float* error, const float* queries, const float* bank,
-        long long rows, long long columns, long long k, double* distances, long long* indices) {
-    long long query = blockIdx.x, step = 4 * blockDim.x;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float squared_of_query = own_squared[query], error_of_query = own_error[query];
-    float bound[4], kept = NOTHING, worst = NOTHING;
-    double near = NOTHING, farthest = 0;
-    long long kept_row = NO_ROW, near_row = NO_ROW;
-    auto read = [&](long long start) {  // bounds of 128 rows: |f(q) - f(b)| less both errors
+// Calls act(bound, row) for the rows of the warp's share whose bound is not above the limit, which
+// may come down meanwhile. To round to bfloat16 moves a vector by at most 2^-8 of its length, so
+// by the triangle inequality |q - b| >= |f(q) - f(b)| - 2^-8 (|f(q)| + |f(b)|).
+template <typename Act>
+__device__ void visit(const float* products, float own_squared, const float* squared,
+                      long long rows, float& limit, Act act) {
+    int lane = threadIdx.x % 32;
+    for (long long start = 4 * (threadIdx.x - lane); start < rows; start += 4 * blockDim.x) {
+        float bound[4];
         #pragma unroll
         for (int i = 0; i < 4; i++) {
             long long row = start + 32 * i + lane;
             bound[i] = NOTHING;
-            if (row >= rows) continue;
-            float both = squared_of_query + squared[row];
-            float apart = fmaf(-2.0f, products[query * rows + row], both);
-            bound[i] = sqrtf(fmaxf(apart, 0.0f)) - error_of_query - error[row];
+            if (row >= rows || squared[row] > LARGEST) continue;  // it is hidden
+            float apart = fmaf(-2.0f, products[row], own_squared + squared[row]);
+            float moved = 0.004f * (sqrtf(own_squared) + sqrtf(squared[row]));
+            bound[i] = sqrtf(fmaxf(apart, 0.0f)) - moved;
         }
-    };
-    auto measure_row = [&](long long row) {
-        double distance = measure(queries + query * columns, bank + row * columns, columns);
-        keep(distance, row, near, near_row);
-        return distance;
-    };
-    for (long long start = 128 * warp; start < rows; start += step) {  // the topk
-        read(start);
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            while (unsigned better = __ballot_sync(ALL, bound[i] < worst)) {  // rare after a while
-                int from = __ffs(better) - 1;
-                keep(__shfl_sync(ALL, bound[i], from), start + 32 * i + from, kept, kept_row);
-                if (lane == from) bound[i] = NOTHING;
-                worst = __shfl_sync(ALL, kept, k - 1);
-            }
-        }
-    }
-    bool looks_near = rank(kept, kept_row, k) < k && lane < k && kept_row != NO_ROW;
-    for (unsigned left = __ballot_sync(ALL, looks_near); left; left &= left - 1)
-        farthest = fmax(farthest, measure_row(__shfl_sync(ALL, kept_row, __ffs(left) - 1)));
-    __shared__ double farthest_of[8];  // warps
-    if (lane == 0) farthest_of[warp] = farthest;
-    __syncthreads();
-    for (int i = 0; i < blockDim.x / 32; i++) farthest = fmax(farthest, farthest_of[i]);
-    float limit = fminf(__double2float_ru(farthest), 3.4028234e38f);  // a hidden row is above it
-    for (long long start = 128 * warp; start < rows; start += step) {  // what the bound leaves
-        read(start);
         #pragma unroll
         for (int i = 0; i < 4; i++) {
             for (unsigned left = __ballot_sync(ALL, bound[i] <= limit); left; left &= left - 1) {
                 int from = __ffs(left) - 1;
-                long long row = start + 32 * i + from;
-                bool is_far = __shfl_sync(ALL, bound[i], from) > limit;  // which has come down
-                if (is_far || __any_sync(ALL, near_row == row)) continue;  // or it is measured
-                measure_row(row);
-                limit = fminf(limit, __double2float_ru(__shfl_sync(ALL, near, k - 1)));
+                float value = __shfl_sync(ALL, bound[i], from);
+                if (value <= limit) act(value, start + 32 * i + from);
             }
         }
     }
+}
+
+// `nearest_torch` after the product: a block serves a query, each warp has a share of the rows.
+extern "C" __global__ void __launch_bounds__(128) find_nearest(
+        const float* products, const float* own_squared, const float* squared,
+        const float* queries, const float* bank, long long rows, long long columns, long long k,
+        double* distances, long long* indices) {
+    long long query = blockIdx.x, kept_row = NO_ROW, near_row = NO_ROW;
+    double kept = NOTHING, near = NOTHING;
+    float own = own_squared[query], limit = LARGEST;
+    products += query * rows;
+    visit(products, own, squared, rows, limit, [&](float bound, long long row) {
+        keep(bound, row, kept, kept_row);  // the k that look nearest
+        limit = fminf(limit, __shfl_sync(ALL, kept, k - 1));
+    });
+    auto measure_row = [&](long long row) {
+        double distance = measure(queries + query * columns, bank + row * columns, columns);
+        keep(distance, row, near, near_row);
+    };
+    for (int i = 0; i < k; i++) {
+        long long row = __shfl_sync(ALL, kept_row, i);
+        if (row != NO_ROW) measure_row(row);
+    }
+    __shared__ double farthest;  // of the k nearest that are measured
+    if (rank(near, near_row, k) == k - 1) farthest = near;
+    __syncthreads();
+    limit = __double2float_ru(farthest);
+    visit(products, own, squared, rows, limit, [&](float, long long row) {
+        if (__any_sync(ALL, near_row == row)) return;  // it is measured
+        measure_row(row);
+        limit = fminf(limit, __double2float_ru(__shfl_sync(ALL, near, k - 1)));
+    });
     int place = rank(near, near_row, k);  // the sort
-    if (lane < k && place < k) {
+    if (place < k) {
         distances[query * k + place] = near;
         indices[query * k + place] = near_row;
     }
 }
 
-// The loop of `pick_torch`, by one block of 32 warps. A thread has the same rows all the time.
-extern "C" __global__ void __launch_bounds__(1024) pick_inside(
-        const double* pairs, double* inside, long long rows, const double* limit,
-        const long long* before, long long wanted, long long* picks) {
-    __shared__ double greatest[32];
-    __shared__ long long places[32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    long long count = 0;
+// The loop of `pick_torch`, by one warp. A lane has every 32nd of up to 512 rows.
+extern "C" __global__ void __launch_bounds__(32) pick_inside(
+        const double* pairs, const double* distances, long long rows, const long long* last,
+        long long wanted, long long* picks) {
+    double inside[16];
+    #pragma unroll
+    for (int i = 0; i < 16; i++) {
+        int row = 32 * i + threadIdx.x;
+        inside[i] = row < rows ? distances[row] : -2;  // less than any row has
+    }
+    int count = 0;
     for (; count < wanted; count++) {
-        double best = -2;  // less than any row has
-        long long pick = rows;
-        auto find_best = [&] {  // of a warp: the greatest, and of equals the lowest row
-            for (int other = 16; other; other /= 2) {
-                double value = __shfl_xor_sync(ALL, best, other);
-                long long place = __shfl_xor_sync(ALL, pick, other);
-                if (value > best || (value == best && place < pick)) { best = value; pick = place; }
-            }
-        };
-        for (long long i = threadIdx.x; i < rows; i += blockDim.x)
-            if (inside[i] > best) { best = inside[i]; pick = i; }
-        find_best();
-        if (lane == 0) { greatest[warp] = best; places[warp] = pick; }
-        __syncthreads();
-        best = greatest[lane];
-        pick = places[lane];
-        __syncthreads();  // all have read, before the next pick is written
-        find_best();
-        if (best < *limit || (best == *limit && pick >= *before)) break;
+        double best = -2;
+        int pick = 0;
+        #pragma unroll
+        for (int i = 0; i < 16; i++)
+            if (inside[i] > best) { best = inside[i]; pick = 32 * i + threadIdx.x; }
+        for (int lane = 16; lane; lane /= 2) {  // the greatest, and of equals the lowest row
+            double value = __shfl_xor_sync(ALL, best, lane);
+            int row = __shfl_xor_sync(ALL, pick, lane);
+            if (value > best || (value == best && row < pick)) { best = value; pick = row; }
+        }
+        if (pick == *last) break;
         if (threadIdx.x == 0) picks[count] = pick;
-        for (long long i = threadIdx.x; i < rows; i += blockDim.x)
-            inside[i] = i == pick ? -1 : fmin(inside[i], pairs[pick * rows + i]);
+        #pragma unroll
+        for (int i = 0; i < 16; i++) {
+            int row = 32 * i + threadIdx.x;
+            if (row < rows && row != *last)
+                inside[i] = row == pick ? -1 : fmin(inside[i], pairs[pick * rows + row]);
+        }
     }
     if (threadIdx.x == 0) picks[rows] = count;
 }
 """
 
 
-def round_off(x: torch.Tensor):
-    """Returns f(x) = x in bfloat16, |f(x)|^2, lowered for rounding, and |x - f(x)|, raised: a GPU
-    multiplies so short numbers many times as fast, and needs no axes.
-
-    By the triangle inequality, |q - b| >= |f(q) - f(b)| - |q - f(q)| - |b - f(b)|.
-    """
-    margin = MARGIN * x.shape[1] ** 0.5
-    short = x.bfloat16()
-    squared = (1 - margin) * vector_norm(short.float(), dim=1).square()
-    return short, squared, (1 + margin) * vector_norm(x - short.float(), dim=1)
+def nearest_cupy(bank: MemoryBank, queries: torch.Tensor, k: int):
+    """Finds what `nearest_torch` finds, but the distances (P, k) are float64."""
+    short, squared = bank.shorten(queries)
+    products = multiply(short, bank.short)  # (P, N)
+    distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
+    indices = torch.empty_like(distances, dtype=torch.int64)
+    bounds = [products, squared, bank.squared]
+    vectors = [queries.contiguous(), bank.rows.contiguous()]
+    sizes = [*bank.rows.shape, k]
+    arguments = bounds + vectors + sizes + [distances, indices]
+    launch("find_nearest", len(queries), THREADS, arguments)
+    return distances, indices
 
 
 def multiply(short: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -1407,45 +1388,25 @@ def multiply(short: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         return short.float() @ others.float().T
 
 
-def nearest_cupy(bank: MemoryBank, queries: torch.Tensor, k: int):
-    """Finds what `nearest_torch` finds, but the distances (P, k) are float64."""
-    short, squared, error = bank.shorten(queries - bank.center)
-    of_queries = [multiply(short, bank.short), squared, error]
-    of_rows = [bank.squared, bank.error, queries.contiguous(), bank.rows.contiguous()]
-    distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
-    indices = torch.empty_like(distances, dtype=torch.int64)
-    sizes = [*bank.rows.shape, k]
-    arguments = of_queries + of_rows + sizes + [distances, indices]
-    launch("find_nearest", len(queries), THREADS, arguments)
-    return distances, indices
-
-
-def pick_cupy(vectors, distances, limit, before, wanted: int) -> torch.Tensor:
+def pick_cupy(vectors, distances, last, wanted: int) -> torch.Tensor:
     """Makes the picks of `pick_torch`. All pairs are measured once, and it waits once."""
     count = len(vectors)
     doubles = vectors.double()
     pairs = torch.cdist(doubles, doubles, compute_mode=DIFFERENCES)  # (n, n)
-    picks = before.new_empty(count + 1)  # the last one says how many there are
-    most = min(wanted, count)
-    launch("pick_inside", 1, 1024, [pairs, distances, count, limit, before, most, picks])
+    picks = last.new_empty(count + 1)  # the last one says how many there are
+    launch("pick_inside", 1, 32, [pairs, distances, count, last, wanted, picks])
     return picks[: int(picks[count])]
 
 
 def launch(name: str, blocks: int, threads: int, arguments: list) -> None:
     """Runs a kernel on the device and the stream of its first argument. Contiguous tensors are
     passed by their address, and numbers as 64-bit integers."""
-    from cupy.cuda import ExternalStream, Stream
+    from cupy.cuda import Stream
 
     passed = [a.data_ptr() if torch.is_tensor(a) else a for a in arguments]
-    with torch.cuda.device(arguments[0].device):
-        stream = torch.cuda.current_stream()
-        if hasattr(Stream, "from_external"):
-            own_stream = Stream.from_external(stream)
-        else:
-            own_stream = ExternalStream(stream.cuda_stream)
+    with torch.cuda.device(arguments[0].device), Stream.from_external(torch.cuda.current_stream()):
         if blocks:
-            with own_stream:
-                cuda_kernels()[name]((blocks,), (threads,), tuple(passed))
+            cuda_kernels()[name]((blocks,), (threads,), tuple(passed))
 
 
 @cache
@@ -1454,15 +1415,15 @@ def cuda_kernels():
     try:
         import cupy
 
+        # This fails before CuPy 14 and torch 2.10.
+        cupy.cuda.Stream.from_external(torch.cuda.current_stream())
         module = cupy.RawModule(code=CUDA)
         module.compile()
         return {name: module.get_function(name) for name in ("find_nearest", "pick_inside")}
     except Exception as error:  # no wheel, no driver, no compiler: each fails in its own way
         toolkit = (torch.version.cuda or "13").split(".")[0]
-        note(
-            f"CuPy cannot be used ({error}): search and coreset run in plain torch; what fits this "
-            f"torch: pip install cupy-cuda{toolkit}x"
-        )
+        mend = f"what fits this torch: pip install cupy-cuda{toolkit}x"
+        note(f"CuPy cannot be used ({error}): search and coreset run in plain torch; {mend}")
         return None
 
 
@@ -1473,10 +1434,8 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
         raise ValueError(f"backend is {backend!r}: expected auto, torch or cupy")
     usable = tensor.is_cuda and backend != "torch" and k <= MOST and cuda_kernels() is not None
     if backend == "cupy" and not usable:
-        raise ValueError(
-            f"backend cupy: needs CuPy, CUDA tensors and k up to {MOST}, got "
-            f"{tensor.device.type} and k = {k}"
-        )
+        got = f"got {tensor.device.type} and k = {k}"
+        raise ValueError(f"backend cupy: needs CuPy, CUDA tensors and k up to {MOST}, {got}")
     return usable
 
 

@@ -20,6 +20,13 @@ def naive_greedy(features, size, first):
     return picks
 
 
+def check_picks(features, size, seed=0):
+    picks = common.greedy_coreset(features, size, seed)
+    assert picks.dtype == torch.int64
+    assert picks.tolist() == naive_greedy(features, size, picks[0].item())
+    return picks
+
+
 def test_algorithm_1_as_printed_equals_numpy(generator):
     features = torch.randn(200, 5, generator=generator)
     features[100:] = features[:100]
@@ -31,26 +38,19 @@ def test_algorithm_1_as_printed_equals_numpy(generator):
     ("rows", "columns", "size"), [(60, 2, 60), (3000, 16, 700), (2500, 128, 300)]
 )
 def test_equals_naive_greedy(generator, monkeypatch, rows, columns, size, seed):
-    monkeypatch.setattr(common, "BLOCK", 1000)  # the rows meet the new picks in up to three blocks
-    features = torch.randn(rows, columns, generator=generator)
-    picks = common.greedy_coreset(features, size, seed)
-    assert picks.dtype == torch.int64
-    assert picks.tolist() == naive_greedy(features, size, picks[0].item())
+    monkeypatch.setattr(common, "NUMBERS", 2**20)  # the rows meet the picks in up to three blocks
+    check_picks(torch.randn(rows, columns, generator=generator), size, seed)
 
 
 def test_equals_naive_greedy_on_clusters_far_from_the_origin():
     features, _ = make_blobs(4000, 8, centers=30, cluster_std=0.05, random_state=0)
-    features = torch.from_numpy(features + 200).float()
-    picks = common.greedy_coreset(features, 900)
-    assert picks.tolist() == naive_greedy(features, 900, picks[0].item())
+    check_picks(torch.from_numpy(features + 200).float(), 900)
 
 
 def test_equal_distances_go_to_the_lowest_index():
     """A grid, where nearly all picks are ties, in an order that is not that of the distances."""
     grid = torch.cartesian_prod(*[torch.arange(14.0)] * 3)
-    features = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))]
-    picks = common.greedy_coreset(features, 1500)
-    assert picks.tolist() == naive_greedy(features, 1500, picks[0].item())
+    check_picks(grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))], 1500)
 
 
 def test_covers_every_distinct_row_before_any_duplicate(generator):
@@ -65,9 +65,7 @@ def test_covers_every_distinct_row_before_any_duplicate(generator):
 def test_a_distinct_row_comes_before_a_duplicate_however_near_it_is():
     features = torch.tensor([[0.0], [0.0], [1000.0], [1000.00006]])
     for seed in range(8):
-        picks = common.greedy_coreset(features, 4, seed)
-        assert picks.tolist() == naive_greedy(features, 4, picks[0].item())
-        assert len(features[picks[:3]].unique()) == 3
+        assert len(features[check_picks(features, 4, seed)[:3]].unique()) == 3
 
 
 def test_the_first_pick_is_drawn_from_the_seed_and_part_of_the_coreset(generator):
@@ -79,7 +77,7 @@ def test_the_first_pick_is_drawn_from_the_seed_and_part_of_the_coreset(generator
 
 
 def test_the_cover_is_that_of_the_picks(generator, monkeypatch):
-    monkeypatch.setattr(common, "BLOCK", 1024)
+    monkeypatch.setattr(common, "NUMBERS", 2**20)
     features = torch.randn(3000, 16, generator=generator) + 50
     features[100:200] = features[:100]  # of equals the first picked counts
     picks, nearest, distances = common.greedy_coreset(features, 700, 0, with_cover=True)
@@ -104,6 +102,11 @@ def test_refuses_what_it_cannot_pick_from(features, size, message):
 
 
 def test_of_equally_near_picks_a_row_is_assigned_to_the_earliest():
+    grid = torch.cartesian_prod(*[torch.arange(14.0)] * 3)
+    features = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))[:1500]]
+    picks, assignment, _ = common.greedy_coreset(features, 400, with_cover=True)
+    exact = (features[:, None] - features[picks]).square().sum(dim=2)  # of integers
+    assert torch.equal(assignment, exact.argmin(1))
     features = torch.tensor([[0.0], [2.0], [1.0]])
     for seed in range(8):
         picks, assignment, distances = common.greedy_coreset(features, 2, seed, with_cover=True)

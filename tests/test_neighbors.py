@@ -105,9 +105,7 @@ def test_the_bound_of_few_columns_loses_no_neighbor(generator, monkeypatch, k):
     monkeypatch.setattr(common, "useful_axes", lambda *_: None)
     without_axes = common.MemoryBank(rows)
     assert without_axes.axes is None
-    plain = without_axes.nearest(queries, k)
-    assert torch.equal(plain[0], distances)
-    assert torch.equal(plain[1], indices)
+    assert all(map(torch.equal, without_axes.nearest(queries, k), (distances, indices)))
 
 
 def test_what_the_columns_leave_out_counts(generator):
