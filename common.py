@@ -937,7 +937,8 @@ class MemoryBank:
         self.center = sample.mean(dim=0)  # (D,)
         self.on_cuda = uses_cupy(backend, rows)
         self.axes = None if self.on_cuda else useful_axes(sample - self.center)  # (D, m)
-        parts = map(self.shorten, in_blocks(self.rows, rows.shape[1]))
+        size = block_size(self.rows.device, self.rows.shape[1])
+        parts = map(self.shorten, self.rows.split(size))
         self.short, self.squared = map(torch.cat, zip(*parts, strict=True))  # (N, m + 1), (N,)
 
     def shorten(self, x: torch.Tensor):
@@ -978,20 +979,21 @@ class MemoryBank:
         if self.on_cuda and not uses_cupy(self.backend, self.rows, k):  # too many for a kernel
             return MemoryBank(self.rows, "torch").only(is_kept).nearest(queries, k)
         search = nearest_cupy if self.on_cuda else nearest_torch
-        blocks = in_blocks(queries.detach().to(self.rows.device), len(self.rows))
+        own_queries = queries.detach().to(self.rows.device)
+        blocks = own_queries.split(block_size(self.rows.device, len(self.rows)))
         found = [search(self, block, k) for block in blocks]
         distances, indices = map(torch.cat, zip(*found, strict=True))
         return distances.float().to(queries.device), indices.to(queries.device)
 
 
-def in_blocks(x: torch.Tensor, width: int):
-    """Splits x so that NUMBERS are worked on at a time, if a row of x takes `width` of them. On a
-    GPU they are 32 times as many, but no more than an eighth of the free memory."""
+def block_size(device: torch.device, width: int) -> int:
+    """Returns how many rows of `width` numbers are worked on at a time: NUMBERS in all. On a GPU
+    they are 32 times as many, but no more than an eighth of the free memory."""
     numbers = NUMBERS
-    if x.is_cuda:
-        free, _ = torch.cuda.mem_get_info(x.device)  # bytes, 4 for each number
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)  # bytes, 4 for each number
         numbers = min(32 * NUMBERS, free // 32)
-    return x.split(max(1, numbers // max(width, 1024)))
+    return max(1, numbers // max(width, 1024))
 
 
 def nearest_torch(bank: MemoryBank, queries: torch.Tensor, k: int):
@@ -1149,9 +1151,9 @@ def meet(rows, new, count: int, distances, assignment, backend) -> None:
     """Brings the min of algorithm 1, line 3, up to date when the picks `new` come after `count`
     others: the distances (N,) float64, and the assignment (N,), in place."""
     picks = MemoryBank(rows[new], backend)
-    blocks = partial(in_blocks, width=len(new))
-    parts = zip(blocks(rows), blocks(distances), blocks(assignment), strict=True)
-    for vectors, known, number in parts:
+    size = block_size(rows.device, len(new))
+    parts = (whole.split(size) for whole in (rows, distances, assignment))
+    for vectors, known, number in zip(*parts, strict=True):
         if picks.on_cuda:
             measured, pick = nearest_cupy(picks, vectors, 1)
             closer = measured[:, 0] < known
