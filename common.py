@@ -932,10 +932,10 @@ class MemoryBank:
         self.rows = torch.as_tensor(rows).detach()  # (N, D)
         check_rows("bank", self.rows)
         self.backend = backend
-        step = len(rows) // 2048 | 1  # odd: not the same patch position in every image
+        step = len(self.rows) // 2048 | 1  # odd: not the same patch position in every image
         sample = self.rows[::step]  # (1366 to 4095, D), or all rows if they are fewer
         self.center = sample.mean(dim=0)  # (D,)
-        self.on_cuda = uses_cupy(backend, rows)
+        self.on_cuda = uses_cupy(backend, self.rows)
         self.axes = None if self.on_cuda else useful_axes(sample - self.center)  # (D, m)
         size = block_size(self.rows.device, self.rows.shape[1])
         parts = map(self.shorten, self.rows.split(size))

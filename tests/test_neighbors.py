@@ -212,6 +212,8 @@ def test_numpy_arrays_are_taken_and_a_callers_autocast_does_not_count(generator)
         found = common.nearest_neighbors(rows[:50].numpy(), rows.numpy(), 3)
         assert torch.equal(common.greedy_coreset(rows.numpy(), 30), picks)
     assert all(map(torch.equal, found, expected))
+    again = common.MemoryBank(rows.numpy()).nearest(rows[:50].numpy(), 3)
+    assert all(map(torch.equal, again, expected))
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match=r"bank: expected 2-D float32, got 2-D torch.float64"):
         common.MemoryBank(rows.double().numpy())
