@@ -231,34 +231,33 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
 def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]:
     """Finds the photos that lie `depth` folders below a folder, or at any depth if it is None.
 
-    Returns them sorted. Links are followed, and each folder counts once. A line on stderr counts
-    the files that it passed over, but for what is hidden, the system's or our own. A UserError is
-    passed to `refuse` for each folder that cannot be listed.
+    Returns them sorted. Links are followed, and each folder counts once, where it lies nearest. A
+    line on stderr counts the files that it passed over, but for what is hidden, the system's or our
+    own. A UserError is passed to `refuse` for each folder that cannot be listed.
     """
     photos, passed_over = [], []
-
-    def cannot_list(error):
-        if folder.exists():
-            refuse(UserError(f"{error.filename}: {error.strerror}: expected a folder to list"))
-
-    def shown(names):
-        return sorted(name for name in names if name[0] != "." and name not in NO_PHOTOS)
-
-    starts = [folder]  # links to folders follow, after all that lies here by its own name
     visited = set()
-    walks = (os.walk(start, onerror=cannot_list) for start in starts)
-    for name, folders, files in itertools.chain.from_iterable(walks):
-        parent = Path(name)
-        level = len(parent.relative_to(folder).parts)
-        if parent.resolve() in visited or RESULTS_TAG in files:
-            folders.clear()
+    queue = [folder] if folder.exists() else []
+    for parent in queue:  # it grows in the loop
+        place = parent.resolve()
+        if place in visited or os.path.exists(parent / RESULTS_TAG):
             continue
-        visited.add(parent.resolve())
-        folders[:] = shown(folders)
-        starts += filter(os.path.islink, map(parent.joinpath, folders))
-        for path in map(parent.joinpath, shown(files)):
-            is_photo = path.suffix.lower() in SUFFIXES and depth in (None, level)
-            (photos if is_photo else passed_over).append(path)
+        visited.add(place)
+        level = len(parent.relative_to(folder).parts)
+        try:
+            paths = sorted(parent.iterdir(), key=os.path.islink)  # what is no link comes first
+        except OSError as error:
+            refuse(UserError(f"{parent}: {error.strerror}: expected a folder to list"))
+            continue
+        for path in paths:
+            if path.name[0] == "." or path.name in NO_PHOTOS:
+                continue
+            if os.path.isdir(path):
+                queue.append(path)
+            elif path.suffix.lower() in SUFFIXES and depth in (None, level):
+                photos.append(path)
+            else:
+                passed_over.append(path)
     reason = "were passed over, as no photos or not in their place (HEIC: pip install pillow-heif)"
     note_names(f"files in {folder} {reason}", passed_over)
     return sorted(photos)
@@ -271,12 +270,12 @@ def find_masks(root, refuse: Callable) -> dict[str, dict[str, list[Path]]]:
     TYPE/NAME.png and all pictures in TYPE/NAME/. Several masks of a photo add up.
     """
     folder = Path(root, "ground_truth")
-    masks = {composed(path.name): defaultdict(list) for path in folder.glob("*")}
+    masks = defaultdict(lambda: defaultdict(list))
     for path in image_files(folder, None, refuse):
         parts = list(map(composed, path.relative_to(folder).with_suffix("").parts))
         if len(parts) > 1:
-            start, mask, _ = parts[1].rpartition("_mask")
-            masks[parts[0]][start + mask or parts[1]].append(path)
+            name = re.sub("(.*_mask).*", r"\1", parts[1])
+            masks[parts[0]][name].append(path)
     return masks
 
 
@@ -287,8 +286,7 @@ composed = partial(unicodedata.normalize, "NFC")
 def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None) -> Split:
     """Reads photos and their masks; see `load_photos`."""
     side = crop or resize
-    # NumPy copies without threads, so that the decoders keep theirs. Its zeros take no memory until
-    # they are written to.
+    # NumPy copies without threads, so that the decoders keep theirs.
     images = np.empty((len(paths), 3, side, side), np.uint8)
     regions = np.zeros((len(paths), side, side), np.int32)
     region_count = 0
@@ -296,7 +294,7 @@ def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=No
     for i, (_, _, image, own_regions) in enumerate(progress(photos, "decode", total=len(paths))):
         images[i] = image
         if own_regions is not None:
-            regions[i] = np.where(own_regions > 0, own_regions + region_count, 0)
+            regions[i] = own_regions + region_count * (own_regions > 0)
             region_count += own_regions.max()
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     has_mask = (kinds == "good") | regions.any((1, 2))
@@ -352,12 +350,10 @@ def load_regions(path: Path, size, masks: dict | None, resize: int, crop: int, r
     # Regions are numbered at full size, as thin ones fall apart when a mask shrinks.
     regions, count = ndimage.label(marked, TOUCHING)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0].numpy()
-    if count == 0:
-        remarks["masks are blank: their photos count for image AUROC alone"].append(file)
-    elif marked.mean() > 0.5 and marked[[0, -1]].mean() > 0.9:
+    if marked.mean() > 0.5 and marked[[0, -1]].mean() > 0.9:
         remarks["masks mark the border and most of the photo: are they inverted?"].append(file)
-    elif len(np.unique(seen[seen > 0])) < count:
-        remarks["masks have regions outside the crop or too small for a pixel"].append(file)
+    if len(np.unique(seen[seen > 0])) < max(count, 1):
+        remarks["masks are blank, or have regions outside the crop or below a pixel"].append(file)
     if orientation(path) > 1 == orientation(file):
         remarks["photos are turned by an EXIF tag that their masks lack"].append(path)
     return seen
@@ -462,41 +458,23 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
 def read_mask(path: Path) -> np.ndarray:
     """Reads which pixels a mask marks, (H, W) bool. May raise UserError.
 
-    A file without loss that holds few numbers or colors names classes by them: all but 0 mark. In
-    other files edges may be soft, so that a pixel marks if it reaches half of its own region's
-    maximum; and a region that does not reach an eighth of the mask's is a trace of compression.
+    Colors and numbers name classes: all but black and 0 mark. Where 8 bits of gray reach 128, and
+    in lossy files, edges may be soft, and around a region may lie traces of compression, which stay
+    if the file is saved again: there a pixel marks above half of the highest value. So numbers of
+    classes are below 128, or all above half of the highest.
     """
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
         gray = np.asarray(image)
-        names_classes = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")
+        names_classes = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")  # no loss
         if image.mode[0] not in "IF":
             *colors, alpha = map(np.asarray, image.convert("RGBA").split())
             gray = np.maximum.reduce(colors)
-            if image.mode != "P" and np.ptp(colors, axis=0).max() == 0:
-                names_classes &= not is_soft(gray)
             if np.ptp(gray) == 0 and np.ptp(alpha) > 0:
                 gray = alpha  # the colors say nothing: the drawing is in the alpha channel
-        if names_classes and len(np.unique(gray)) <= 128:
-            return gray > 0
-        near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
-        region, count = ndimage.label(near, TOUCHING)
-        peaks = ndimage.maximum(gray, region, np.arange(count + 1))
-        peak = peaks[region]  # (H, W)
-        strong = (gray > 0) & (gray >= peak / 2)
-        return strong & (peak >= gray.max() / 8)
-
-
-def is_soft(gray: np.ndarray) -> bool:
-    """Tells whether an 8-bit gray mask (H, W) is soft though its file is without loss, as after
-    resizing, or where a lossy file was saved again: it holds light values, and a dark one that
-    always touches another. Numbers of classes stand among their own somewhere."""
-    dark = np.unique(gray[gray < 128])
-    if not dark.any() or gray.max() < 128:
-        return False
-    lowest = ndimage.minimum_filter(np.where(gray, gray, 255), 3)  # of all that mark
-    is_alone = lowest == ndimage.maximum_filter(gray, 3)
-    return np.setdiff1d(dark, gray[is_alone]).any()
+            if image.mode != "P" and np.ptp(colors, axis=0).max() == 0:
+                names_classes &= gray.max() < 128
+        return gray > (0 if names_classes else gray.max() / 2)
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:

@@ -208,11 +208,11 @@ def test_a_hairline_stays_one_region_and_two_blobs_two(tmp_path, capsys):
 
 def test_masks_without_a_visible_defect_are_named(tmp_path, capsys):
     """Blank, beside the crop, too small for a pixel; none of the three spoils the pixel figures."""
-    lost = "1 masks have regions outside the crop or too small for a pixel"
-    for start, side, message in [(0, 0, "1 masks are blank"), (20, 5, lost), (513, 1, lost)]:
+    for start, side in [(0, 0), (20, 5), (513, 1)]:
         mask = np.zeros((1024, 1024))
         mask[start : start + side, start : start + side] = 255
         split = with_mask(tmp_path / f"{start}", mask)
+        message = "1 masks are blank, or have regions outside the crop or below a pixel"
         assert message in capsys.readouterr().err
         assert split.labels.tolist() == [True]
         assert split.has_mask.tolist() == [False]
@@ -239,7 +239,7 @@ def test_what_is_passed_over_is_counted(tmp_path, capsys):
     assert "files in" in capsys.readouterr().err  # those in no subfolder
 
 
-def test_folders_of_any_name_and_depth_are_walked(tmp_path, monkeypatch):
+def test_folders_of_any_name_and_depth_are_walked(tmp_path, monkeypatch, capsys):
     deep = "/".join("abcdefghijkl")
     for name in ("#4711", "@line2", "$5", deep, f"results/{deep}"):
         (tmp_path / name).mkdir(parents=True)
@@ -264,10 +264,9 @@ def test_folders_of_any_name_and_depth_are_walked(tmp_path, monkeypatch):
     for _ in range(20):  # a path too long to be listed
         os.mkdir(250 * "x")
         os.chdir(250 * "x")
-    errors = []
-    assert len(common.image_files(tmp_path, None, errors.append)) == 4
-    assert len(errors) == 1
-    assert "x: File name too long: " in str(errors[0])
+    capsys.readouterr()
+    assert len(common.image_files(tmp_path, None, pytest.fail)) == 4
+    assert capsys.readouterr().err.startswith("1 files in")
 
 
 def test_frames_beyond_the_first_are_named(tmp_path, capsys, gradient):
@@ -401,7 +400,7 @@ def test_lossy_or_resized_masks_that_were_saved_again_keep_their_regions(tmp_pat
     assert (found != expected).mean() < 0.0005
 
 
-@pytest.mark.parametrize("numbers", [(1, 3), (1, 9), (9, 1), (255, 254), range(1, 21), (8, 1, 255)])
+@pytest.mark.parametrize("numbers", [(1, 3), (1, 9), (9, 1), (255, 254), range(1, 21)])
 def test_masks_that_number_classes_lose_no_pixel(tmp_path, numbers):
     """All but 0 mark, so that those that touch are one region; a speck may be the highest."""
     mask = np.zeros((300, 300), np.uint8)
@@ -411,7 +410,7 @@ def test_masks_that_number_classes_lose_no_pixel(tmp_path, numbers):
         mask[100:140, x : x + 6] = number
     found = with_mask(tmp_path, mask).regions.unique()
     assert found.tolist() == list(range(2 + len(numbers)))
-    mask[200, 200] = 99
+    mask[200, :100] = np.arange(1, 101) if max(numbers) < 128 else 255
     for name in ("a.png", "a.tif", "a.bmp"):
         Image.fromarray(mask).save(tmp_path / name)
         np.testing.assert_array_equal(common.read_mask(tmp_path / name), mask > 0)
