@@ -39,7 +39,7 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -633,7 +633,7 @@ def read_weights(name: str, source: str) -> dict:
         with explained(f"--weights {source}", "expected a .safetensors file"):
             return safetensors.torch.load_file(source)
     if source != "imagenet":
-        return load_torch_file("--weights", source, "a .pth file")
+        return load_torch_file("--weights", source, "a state_dict alone, by torch.save")
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     ways_out = (
@@ -645,12 +645,8 @@ def read_weights(name: str, source: str) -> dict:
     try:
         failed = "--weights imagenet: the download failed or is damaged"
         console = sys.stderr or io.StringIO()
-        with (
-            explained(failed, ways_out),
-            redirect_stdout(console),  # stdout is for results
-            redirect_stderr(console),
-        ):
-            return weights.get_state_dict(progress=True)
+        with explained(failed, ways_out), redirect_stdout(console):  # stdout is for results
+            return weights.get_state_dict(progress=bool(sys.stderr))
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -664,59 +660,37 @@ def load_torch_file(option: str, path, expected: str) -> dict:
         file.seek(0)
         try:
             return dict(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
-            if "Unsupported global" not in str(error):
-                raise ValueError("damaged or foreign file") from None
-            kind = str(error).split("GLOBAL ")[1].split()[0]
-            raise ValueError(
-                f"holds a {kind} beside the tensors, which is not read as it might run code: where "
-                "the file is trusted, save its state_dict alone, by torch.save"
-            ) from None
+        except Exception:  # unpickling raises nearly everything on a foreign or cut file
+            raise ValueError("damaged or foreign file, or more than tensors in it") from None
 
 
 def fill_in(network: nn.Module, content: dict, source: str, name: str) -> None:
     """Gives a network its weights, however they were saved.
 
-    The prefix under which the network's own names stand is dropped, such as `module.` or
-    `state_dict.`, and what else the file holds does not matter.
+    The prefix before the network's own names is dropped, such as `module.` or `state_dict.`. What
+    else the file holds does not matter, such as a classifier or other networks.
     """
-    tensors = tensors_of(content)
-    own = shapes_of(network.state_dict(), "")
-    first = next(iter(own))
-    prefixes = [key.removesuffix(first) for key in tensors if key.endswith(first)] or [""]
-    misfits = {}
-    for prefix in prefixes:
-        found = shapes_of(tensors, prefix)
-        misfits[prefix] = {key for key, _ in found.items() ^ own.items()}
-    best = min(prefixes, key=lambda prefix: len(misfits[prefix]))
-    if misfits[best]:
-        raise UserError(
-            f"{source}: {len(misfits[best])} tensors are missing, unknown or of another shape, "
-            f"{min(misfits[best])} for one: pass the --backbone that they belong to (not {name})"
-        )
-    whole = [prefix for prefix in prefixes if not misfits[prefix]]
-    if len(whole) > 1:
-        note(f"{source}: holds {len(whole)} networks ({', '.join(whole)}): {best} is taken")
-    network.load_state_dict({key: tensors[best + key] for key in own}, strict=False)
+    own_names = re.compile(r"(|.*?\.)((conv1|bn1|layer\d|_conv_stem|_bn0|_blocks)\..*)")
+    networks = defaultdict(dict)  # their tensors by prefix and name
+    for key, tensor in tensors_of(content):
+        if match := own_names.fullmatch(key):
+            networks[match[1]][match[2]] = tensor
+    prefix = max(networks, key=lambda prefix: len(networks[prefix]), default="")
+    # Old files lack the counters of batch norms, which nothing depends on.
+    counters = {key: own for key, own in network.state_dict().items() if own.ndim == 0}
+    with explained(source, f"pass the --backbone that it belongs to (not {name})", RuntimeError):
+        network.load_state_dict(networks[prefix] | counters)
+    if len(networks) > 1:
+        note(f"{source}: holds {len(networks)} networks ({', '.join(networks)}): {prefix} is taken")
 
 
-def tensors_of(content: dict, prefix="") -> dict:
-    """Returns the tensors of dicts in dicts, each under its joined keys."""
-    tensors = {}
+def tensors_of(content: dict, prefix=""):
+    """Yields the tensors of dicts in dicts, each after its joined keys."""
     for key, value in content.items():
         if isinstance(value, dict):
-            tensors |= tensors_of(value, f"{prefix}{key}.")
+            yield from tensors_of(value, f"{prefix}{key}.")
         elif torch.is_tensor(value):
-            tensors[f"{prefix}{key}"] = value
-    return tensors
-
-
-def shapes_of(tensors: dict, prefix: str) -> dict:
-    """Returns the shapes of a network's tensors by their names after the prefix. It leaves out the
-    classifier, other networks, and batch norm's counters, which old files lack."""
-    part = re.compile(re.escape(prefix) + r"((conv1|bn1|layer\d|_conv_stem|_bn0|_blocks)\..*)")
-    matches = [part.fullmatch(key) for key in tensors if not key.endswith("num_batches_tracked")]
-    return {match[1]: tensors[match[0]].shape for match in matches if match}
+            yield f"{prefix}{key}", value
 
 
 def fold_batch_norms(network: nn.Module) -> None:
@@ -735,7 +709,6 @@ def extract(backbone, layers, images: torch.Tensor, description="features"):
     """Runs the backbone over images (N, 3, S, S) uint8. Yields batch by batch what `layers`, names
     of STAGES, put out: a list with a (B, C, h, w) float32 tensor per layer, the finest grid first.
     """
-    check_images(images)
     ordered = sorted(set(layers), key=STAGES.index)
     pixels = backbone.batch_size * 224**2  # of one batch
     batch_size = max(1, min(backbone.batch_size, pixels // images.shape[2] ** 2))
@@ -820,11 +793,9 @@ def allocate(shape, device, scratch) -> torch.Tensor:
     """Returns an empty float32 tensor: on the GPU if it takes at most a fifth of what is free
     there, else in memory, or, from DISK_FROM bytes on, in a file without a name in `scratch`."""
     size = 4 * math.prod(shape)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    if size <= free / 5:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-    if size < DISK_FROM:
-        return torch.empty(shape, dtype=torch.float32)
+    stays = device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 5
+    if stays or size < DISK_FROM:
+        return torch.empty(shape, dtype=torch.float32, device=device if stays else "cpu")
     folder = scratch or tempfile.gettempdir()
     note(f"the features, {size / 2**30:.1f} GiB, lie in {folder} during the fit")
     no_room = "use fewer photos, a smaller --crop or --backbone, or another --out or TMPDIR"
@@ -835,20 +806,17 @@ def allocate(shape, device, scratch) -> torch.Tensor:
 
 
 def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
-    """Enlarges patch scores (N, h, w) bilinearly to anomaly maps (N, side, side) and blurs them.
+    """Enlarges patch scores (N, h, h) bilinearly to anomaly maps (N, side, side) and blurs them.
 
     Both steps are linear, and the same along rows and columns: a map is A grid A', where A holds
     what the two steps make of the columns of the identity. It stays on the grids' device.
     """
-    left, right = [enlarging(length, side, sigma).to(grids) for length in grids.shape[1:]]
-    return torch.stack([left @ grid @ right.T for grid in grids])
-
-
-def enlarging(length: int, side: int, sigma: float) -> torch.Tensor:
-    """Returns A of `to_maps`, (side, length) float64, for one direction."""
+    length = grids.shape[1]
     columns = torch.eye(length, dtype=torch.float64)[None, None]
     enlarged = resize(columns, (side, length))[0, 0]
-    return torch.from_numpy(ndimage.gaussian_filter1d(enlarged.numpy(), sigma, axis=0))
+    blurred = ndimage.gaussian_filter1d(enlarged.numpy(), sigma, axis=0)
+    matrix = torch.from_numpy(blurred).to(grids)  # A, (side, h)
+    return torch.stack([matrix @ grid @ matrix.T for grid in grids])
 
 
 # ------------------------------------------------------------------ 3. nearest neighbors
