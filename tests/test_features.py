@@ -83,7 +83,7 @@ def damaged(change):
         (damaged(lambda s: s.pop("bn1.bias")), 'Missing key(s) in state_dict: "bn1.bias"'),
         (damaged(lambda s: s.update({"layer1.2.bias": torch.ones(1)})), '"layer1.2.bias"'),
         (damaged(lambda s: s.update({"conv1.weight": torch.ones(2)})), "mismatch for conv1.weight"),
-        ({"args": argparse.Namespace(), "model": {}}, "more than tensors in it: expected a sta"),
+        ({"args": argparse.Namespace(), "model": {}}, "more than tensors in it: expected a .pt"),
         (damaged(lambda s: s["bn1.bias"].fill_(torch.nan)), "holds NaN or infinity: get it again"),
         ([1, 2], "damaged or foreign file, or more"),
         ({"model": "resnet18"}, "Missing key(s) in state_dict"),
@@ -151,9 +151,7 @@ def test_weights_of_the_hub(tmp_path, plainly_saved):
     backbone = common.load_backbone("resnet18", str(tmp_path / "w.safetensors"))
     assert torch.equal(next(common.extract(backbone, ["layer4"], pixels))[0], features)
     (tmp_path / "w.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(
-        common.UserError, match=r"w\.safetensors: .*: expected a \.safetensors file"
-    ):
+    with pytest.raises(common.UserError, match=r"w\.safetensors: damaged or foreign file"):
         common.load_backbone("resnet18", str(tmp_path / "w.safetensors"))
 
 
@@ -163,7 +161,7 @@ def test_a_weights_file_runs_no_code(tmp_path):
             return (pytest.fail, ("code from the file was run",))
 
     torch.save({"conv1.weight": Attack()}, tmp_path / "weights.pth")
-    with pytest.raises(common.UserError, match="more than tensors in it: expected a state_dict"):
+    with pytest.raises(common.UserError, match="more than tensors in it: expected"):
         common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
 
 
