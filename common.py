@@ -1,18 +1,16 @@
 """What the four scripts share: a book of nine chapters, in the order the data flows.
 
-0. words, errors, files
-1. dataset   2. a backbone and its features   3. nearest neighbors   4. greedy coreset
-5. both once more on an NVIDIA GPU   6. metrics and thresholds
+0. words, errors, files   1. dataset   2. a backbone and its features
+3. nearest neighbors   4. greedy coreset   5. both on an NVIDIA GPU   6. metrics and thresholds
 ---- the science ends here ----
-7. tables and pictures   8. saved models and predictions   9. the command line
+7. a model and its judge   8. what is shown   9. the command line
 
 Chapters 3 and 4 are the heart of PatchCore: exact search and k-center greedy, without a library.
 Chapters 1 to 6 take arguments and return values. Use them in a notebook as they are.
 """
 
 # ------------------------------------------------------------------ 0. words, errors, files
-# This chapter is about how a run speaks to its user, and how it reads and writes files. Begin with
-# chapter 1, and come back when a name of this chapter turns up.
+# How a run speaks to its user and writes files. Begin with chapter 1, and come back for its names.
 
 import argparse
 import copy
@@ -44,9 +42,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-# A thread of torch without work stays awake for so many turns. If that is shorter than the gaps
-# between parallel parts, the thread sleeps when the next part begins. If it is much longer, two
-# runs at once wait for each other. Torch reads the number while it is imported.
+# A thread of torch without work stays awake for so many turns: with fewer it sleeps when the next
+# parallel part begins, with many more two runs at once wait for each other. Read at the import.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import matplotlib
@@ -71,8 +68,7 @@ from tqdm import tqdm
 with suppress(ImportError):  # optional: photos of iPhones
     __import__("pillow_heif").register_heif_opener()
 Image.MAX_IMAGE_PIXELS = 250_000_000  # phones take 200 megapixels; Pillow refuses twice this number
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
-# These two warn of odd contents. What cannot be read is named by this program itself.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what cannot be read is named by ourselves
 warnings.filterwarnings("ignore", module=r"PIL|torch\.serialization")
 
 
@@ -81,13 +77,13 @@ class UserError(ValueError):
 
 
 @contextmanager
-def explained(subject, advice: str, kinds=Exception):
+def explained(subject, advice: str):
     """Turns an exception inside the block into a UserError: the subject, the reason, the advice."""
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except kinds as error:
+    except Exception as error:
         of_system = [getattr(e, "strerror", None) for e in (error, error.__context__)]
         reason = of_system[0] or of_system[1] or str(error)
         raise UserError(f"{subject}: {textwrap.shorten(reason, 300)}: {advice}") from None
@@ -119,11 +115,8 @@ def progress(iterable=None, description="", **settings):
 
 
 def in_threads(function, items, refuse: Callable):
-    """Yields function(item) for each item, in order. A UserError is passed to `refuse` instead.
-
-    It waits for its threads whichever way it ends, because an interpreter that ends while they
-    still decode would abort.
-    """
+    """Yields function(item) for each item, in order. A UserError is passed to `refuse` instead. It
+    waits for its threads whichever way it ends: to end the interpreter under them would abort."""
 
     def attempt(item):
         try:
@@ -143,14 +136,10 @@ def in_threads(function, items, refuse: Callable):
 @contextmanager
 def atomic(path: Path):
     """Yields a temporary path that becomes `path` on success, so that nobody sees half a file. If
-    nothing is written to it, this only tells whether `path` could be written.
-
-    Links are followed, and an existing file's mode stays. What is no regular file, such as
-    /dev/null, is written to.
-    """
+    nothing is written to it, this only tells whether `path` could be written. Links are followed,
+    an existing file's mode stays, and what is no regular file, as /dev/null, is written to."""
     target = path.resolve()
-    kinds = (OSError, RuntimeError)  # torch.save raises the second one over the first
-    with explained(f"{path}: cannot be written", "see --out and --save", kinds):
+    with explained(f"{path}: cannot be written", "see --out and --save"):
         if target.exists() and not target.is_file():
             yield target
             return
@@ -165,8 +154,8 @@ def atomic(path: Path):
 
 
 # ------------------------------------------------------------------ 1. dataset
-# A folder in MVTec layout goes in. Two `Split`s come out, train and test: what the network sees of
-# each photo, and where its defects are. Read `load_data` first, then `read_image` and `prepare`.
+# A folder in MVTec layout goes in; two `Split`s come out, train and test. Read `load_data` first,
+# then `read_image` and `prepare`.
 
 FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
@@ -202,10 +191,10 @@ class Split(NamedTuple):
 def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Split, Split]:
     """Reads the photos of a folder in MVTec layout. Returns (train, test).
 
-    The training photos lie in ROOT/train/good; near-copies count once, and without `with_train`
-    none are read. The test photos lie in ROOT/test/<defect type>, and the good ones come first.
-    `find_masks`, `prepare` and `read_image` explain the rest. Raises UserError if there are less
-    than two training photos, and one UserError for all files that cannot be used.
+    The training photos lie in ROOT/train/good; without `with_train` none are read. The test photos
+    lie in ROOT/test/<defect type>, and the good ones come first. `find_masks`, `prepare` and
+    `read_image` explain the rest. Raises one UserError for all that cannot be used, and for less
+    than two training photos.
     """
     errors = []
     load = partial(load_split, resize=resize, crop=crop, bits=bits, refuse=errors.append)
@@ -263,19 +252,18 @@ def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]
     return sorted(photos)
 
 
-def find_masks(root, refuse: Callable) -> dict[str, dict[str, list[Path]]]:
-    """Finds the masks in ROOT/ground_truth, as lists of files by defect type and name.
+def find_masks(root, refuse: Callable) -> dict[str, list[Path]]:
+    """Finds the masks in ROOT/ground_truth, as lists of files by "TYPE/NAME" or "TYPE/NAME_mask".
 
     The masks of TYPE/NAME.png are TYPE/NAME_mask.png, whatever stands behind "_mask", or else
     TYPE/NAME.png and all pictures in TYPE/NAME/. Several masks of a photo add up.
     """
     folder = Path(root, "ground_truth")
-    masks = defaultdict(lambda: defaultdict(list))
+    masks = defaultdict(list)
     for path in image_files(folder, None, refuse):
-        parts = list(map(composed, path.relative_to(folder).with_suffix("").parts))
-        if len(parts) > 1:
-            name = re.sub("(.*_mask).*", r"\1", parts[1])
-            masks[parts[0]][name].append(path)
+        kind_and_name = path.relative_to(folder).with_suffix("").parts[:2]
+        key = re.sub("(.*/.*_mask).*", r"\1", "/".join(kind_and_name))
+        masks[composed(key)].append(path)
     return masks
 
 
@@ -303,12 +291,10 @@ def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=No
 
 
 def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None):
-    """Yields (path, size, image, regions) for each photo that can be read, in order.
-
-    The size is the upright photo's (width, height). The image is what the network sees of it, (3,
-    S, S) uint8. The regions number its defects, (S, S) int32 (NumPy), or are None without `masks`.
-    For every other photo a UserError is passed to `refuse`. The last step prints what is odd.
-    """
+    """Yields (path, size, image, regions) for each photo that can be read, in order: the upright
+    photo's (width, height), what the network sees of it, (3, S, S) uint8, and the numbers of its
+    defects, (S, S) int32 (NumPy), or None without masks. For every other photo a UserError is
+    passed to `refuse`. The last step prints what is odd."""
     side = crop or resize
     remarks = defaultdict(list)
 
@@ -329,11 +315,10 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
 
 def load_regions(path: Path, size, masks: dict | None, resize: int, crop: int, remarks: dict):
     """Reads the masks of a photo of this size; see `load_photos`. Adds to the remarks."""
-    kind = composed(path.parent.name)
-    name = composed(path.stem)
-    if masks is None or kind == "good":
+    if masks is None or path.parent.name == "good":
         return None
-    files = masks[kind][f"{name}_mask"] or masks[kind][name]
+    name = composed(f"{path.parent.name}/{path.stem}")
+    files = masks[f"{name}_mask"] or masks[name]
     if not files:
         remarks["test photos have no mask in ground_truth: no pixel metrics"].append(path)
         return None
@@ -452,13 +437,11 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
-    """Returns what the network sees of a photo, (3, S, S) uint8, or the same part of a mask,
-    (1, S, S).
+    """Returns what the network sees of a photo, (3, S, S) uint8, or of a mask, (1, S, S).
 
-    The shorter side becomes `resize`, even if it was smaller, and a square of S = crop is cut from
-    the center, as the papers do. If crop is 0, the whole photo is squeezed to a square of S =
-    resize. A mask is resized by its nearest pixels. Raises UserError for a photo that is more than
-    50 times as long as it is wide, and ValueError if `crop` exceeds `resize`.
+    The shorter side becomes `resize`, and a square of S = crop is cut from the center, as the
+    papers do. If crop is 0, the whole photo is squeezed to a square of S = resize. Raises UserError
+    for a photo more than 50 times as long as wide, and ValueError if `crop` exceeds `resize`.
     """
     if not 0 <= crop <= resize:
         raise ValueError(f"crop is {crop}, expected at most resize, which is {resize}")
@@ -478,8 +461,8 @@ def without_copies(train: Split, test: Split) -> Split:
 
     Two images are near-copies if their distance is less than a tenth of what is usual around the
     second one, that is of the distance to its (N / 8)-th nearest training image, or to the third if
-    N is small. Bursts of one part had 0.008 to 0.046 of the usual distance, photos of different
-    parts had 0.246 and more. The first of several copies stays.
+    N is small. Bursts of one part had 0.008 to 0.046 of it, photos of different parts 0.246 and
+    more. The first of several copies stays.
     """
     pixels = [thumbnails(split.images, 32).flatten(1).double() for split in (train, test)]
     count = len(train.paths)
@@ -504,8 +487,8 @@ def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------ 2. a backbone and its features
-# Images go in; what the stages of a pretrained network put out comes out, batch by batch. Nothing
-# is trained. Read `load_backbone` first, then `forward`.
+# Images go in; what the stages of a pretrained network put out comes out, batch by batch. Read
+# `load_backbone` first, then `forward`.
 
 STAGES = ["normalize", "stem", "layer1", "layer2", "layer3", "layer4"]
 NO_WEIGHTS = "no pretrained weights"  # of the autoencoder, whose backbone is "none"
@@ -542,9 +525,9 @@ def load_backbone(
     whose weights are downloaded once, or "none", which puts out the image itself. The weights are
     "imagenet", "random" (drawn from `seed`), or a .pth or .safetensors file. A batch holds
     `batch_size` images of 224 x 224 pixels, or fewer larger ones. `scratch` is the folder for
-    features that are too many for the memory (None: the system's). These are attributes of the
-    network, too, and so are a label for readers and a fingerprint, the hash of its weights. Raises
-    UserError if the weights cannot be had or do not fit.
+    features that are too many for the memory (None: the system's). The network has a label for
+    readers and a fingerprint, the hash of its weights. Raises UserError for weights that cannot be
+    had or do not fit.
     """
     weights = str(weights)
     build = {"none": no_network, "efficientnet_lite0": efficientnet_lite0}
@@ -649,7 +632,7 @@ def fill_in(network: nn.Module, content: dict, source: str, name: str) -> None:
     prefix = max(networks, key=lambda prefix: len(networks[prefix]), default="")
     # Old files lack the counters of batch norms, which nothing depends on.
     counters = {key: own for key, own in network.state_dict().items() if own.ndim == 0}
-    with explained(source, f"pass the --backbone that it belongs to (not {name})", RuntimeError):
+    with explained(source, f"pass the --backbone that it belongs to (not {name})"):
         network.load_state_dict(networks[prefix] | counters)
     if len(networks) > 1:
         note(f"{source}: holds {len(networks)} networks ({', '.join(networks)}): {prefix} is taken")
@@ -665,21 +648,18 @@ def tensors_of(content: dict, prefix=""):
 
 
 def fold_batch_norms(network: nn.Module) -> None:
-    """Makes batch norms part of the convolutions before them, which saves work and changes nothing
-    else."""
+    """Makes batch norms part of the convolutions before them, which saves work."""
     for parent in list(network.modules()):
         children = list(parent.named_children())
         for (name, first), (norm_name, norm) in itertools.pairwise(children):
             if isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                fused = nn.utils.fusion.fuse_conv_bn_eval(first, norm)
-                setattr(parent, name, fused.requires_grad_(False))
+                setattr(parent, name, nn.utils.fusion.fuse_conv_bn_eval(first, norm))
                 setattr(parent, norm_name, nn.Identity())
 
 
 def extract(backbone, layers, images: torch.Tensor, description="features"):
-    """Runs the backbone over images (N, 3, S, S) uint8. Yields batch by batch what `layers`, names
-    of STAGES, put out: a list with a (B, C, h, w) float32 tensor per layer, the finest grid first.
-    """
+    """Runs the backbone over images (N, 3, S, S) uint8. Yields what `layers`, names of STAGES, put
+    out for each batch: a list of (B, C, h, w) float32 tensors, the finest grid first."""
     ordered = sorted(set(layers), key=STAGES.index)
     pixels = backbone.batch_size * 224**2  # of one batch
     batch_size = max(1, min(backbone.batch_size, pixels // images.shape[2] ** 2))
@@ -700,8 +680,8 @@ def check_images(images: torch.Tensor) -> None:
 def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
     """Returns what `layers`, in the order of STAGES, put out for one batch (B, 3, S, S) uint8.
 
-    Every hook on a module fires in every thread that runs the module. So the hooks are registered,
-    fired and removed under a lock, as one step that no other thread can enter.
+    A hook fires in every thread that runs its module. So hooks are registered, fired and removed
+    under a lock, as one step that no other thread can enter.
     """
     check_images(images)
     outputs = {}
@@ -745,10 +725,7 @@ def resize(images: torch.Tensor, size) -> torch.Tensor:
 
 def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
     """Joins batches, each a list of features (B, ...), to a list of (count, ...) float32 tensors.
-
-    The tensors are allocated once and filled, because to join the batches at the end would take
-    twice the room; see `allocate`.
-    """
+    They are allocated once and filled: to join batches at the end would take twice the room."""
     stores = []
     end = 0
     for batch in batches:
@@ -779,8 +756,8 @@ def allocate(shape, device, scratch) -> torch.Tensor:
 def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
     """Enlarges patch scores (N, h, h) bilinearly to anomaly maps (N, side, side) and blurs them.
 
-    Both steps are linear, and the same along rows and columns: a map is A grid A', where A holds
-    what the two steps make of the columns of the identity. It stays on the grids' device.
+    Both steps are linear, and the same along rows and columns: a map is A grid A', where A is what
+    the two steps make of the identity's columns. It stays on the grids' device.
     """
     length = grids.shape[1]
     columns = torch.eye(length, dtype=torch.float64)[None, None]
