@@ -212,7 +212,8 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     if not with_train:
         return train, test
     if crop:
-        note(f"the network sees the center, {crop / resize:.0%} of the shorter side: see --crop")
+        share = f"{crop / resize:.0%} of its shorter side"
+        note(f"the network sees the square in a photo's center, {share}: see --crop")
     return without_copies(train, test), test
 
 
