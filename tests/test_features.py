@@ -80,13 +80,13 @@ def damaged(change):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (damaged(lambda s: s.pop("bn1.bias")), "1 tensors are missing, unknown or of another"),
-        (damaged(lambda s: s.update({"layer1.2.bias": torch.ones(1)})), "layer1.2.bias for one"),
-        (damaged(lambda s: s.update({"conv1.weight": torch.ones(2)})), "conv1.weight for one"),
-        ({"args": argparse.Namespace(), "model": {}}, "holds a argparse.Namespace beside the tens"),
+        (damaged(lambda s: s.pop("bn1.bias")), 'Missing key(s) in state_dict: "bn1.bias"'),
+        (damaged(lambda s: s.update({"layer1.2.bias": torch.ones(1)})), '"layer1.2.bias"'),
+        (damaged(lambda s: s.update({"conv1.weight": torch.ones(2)})), "mismatch for conv1.weight"),
+        ({"args": argparse.Namespace(), "model": {}}, "more than tensors in it: expected a .pt"),
         (damaged(lambda s: s["bn1.bias"].fill_(torch.nan)), "holds NaN or infinity: get it again"),
-        ([1, 2], "damaged or foreign file"),
-        ({"model": "resnet18"}, "tensors are missing"),
+        ([1, 2], "damaged or foreign file, or more"),
+        ({"model": "resnet18"}, "Missing key(s) in state_dict"),
         (torchvision.models.resnet50(weights=None).state_dict(), "pass the --backbone that"),
         (torchvision.models.resnet34(weights=None).state_dict(), "pass the --backbone that"),
     ],
@@ -151,9 +151,7 @@ def test_weights_of_the_hub(tmp_path, plainly_saved):
     backbone = common.load_backbone("resnet18", str(tmp_path / "w.safetensors"))
     assert torch.equal(next(common.extract(backbone, ["layer4"], pixels))[0], features)
     (tmp_path / "w.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(
-        common.UserError, match=r"w\.safetensors: .*: expected a \.safetensors file"
-    ):
+    with pytest.raises(common.UserError, match=r"w\.safetensors: damaged or foreign file"):
         common.load_backbone("resnet18", str(tmp_path / "w.safetensors"))
 
 
@@ -163,7 +161,7 @@ def test_a_weights_file_runs_no_code(tmp_path):
             return (pytest.fail, ("code from the file was run",))
 
     torch.save({"conv1.weight": Attack()}, tmp_path / "weights.pth")
-    with pytest.raises(common.UserError, match=r"holds a .*_Fail beside the tensors, which is not"):
+    with pytest.raises(common.UserError, match="more than tensors in it: expected"):
         common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
 
 

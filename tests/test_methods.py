@@ -188,7 +188,7 @@ def test_banks_without_an_image_hold_none_of_its_rows_and_cover_the_rest(
     scripts, generator, monkeypatch
 ):
     """Checked from the outside: every other patch is as near to the bank as the coreset's were."""
-    features = torch.randn(12, 5, 8, 6, generator=generator)
+    features = torch.randn(12, 6, 6, 6, generator=generator)
     images, rows = torch.tensor([0, 3, 4, 11]), features.flatten(0, 2)
     picks, result, banks = left_out(scripts, features, 60, images, 9, monkeypatch)
     radius = torch.cdist(rows, rows[picks]).amin(1).max()
@@ -204,7 +204,7 @@ def test_banks_without_an_image_hold_none_of_its_rows_and_cover_the_rest(
 
 
 def test_a_bank_that_would_be_empty_is_begun_anew(scripts, generator, monkeypatch):
-    features = torch.randn(4, 2, 3, 3, generator=generator)
+    features = torch.randn(4, 3, 3, 3, generator=generator)
     _, result, banks = left_out(scripts, features, 1, torch.arange(4), 9, monkeypatch)
     assert all(len(bank) >= 1 for bank in banks)
     assert result.scores.isfinite().all()
