@@ -416,10 +416,10 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
 def read_mask(path: Path) -> np.ndarray:
     """Reads which pixels a mask marks, (H, W) bool. May raise UserError.
 
-    Colors and numbers name classes: all but black and 0 mark. Where 8 bits of gray reach 128, and
-    in lossy files, edges may be soft, and around a region may lie traces of compression, which stay
-    if the file is saved again: there a pixel marks above half of the highest value. So numbers of
-    classes are below 128, or all above half of the highest.
+    In a file without loss, colors and numbers name classes: all but black and 0 mark. Where 8-bit
+    gray reaches 128, and in lossy files, edges may be soft: a pixel marks from half of its own
+    region's maximum on, and a region that does not reach an eighth of the mask's is a trace of
+    compression.
     """
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
@@ -432,7 +432,12 @@ def read_mask(path: Path) -> np.ndarray:
                 gray = alpha  # the colors say nothing: the drawing is in the alpha channel
             if image.mode != "P" and np.ptp(colors, axis=0).max() == 0:
                 names_classes &= gray.max() < 128
-        return gray > (0 if names_classes else gray.max() / 2)
+        if names_classes:
+            return gray > 0
+        near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
+        region, count = ndimage.label(near, TOUCHING)
+        peak = ndimage.maximum(gray, region, np.arange(count + 1))[region]  # (H, W)
+        return (gray > 0) & (gray >= peak / 2) & (peak >= gray.max() / 8)
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
