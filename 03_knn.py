@@ -25,8 +25,7 @@ import torch
 
 def add_options(add):
     # differs from the paper: k: 5 nearest images instead of 2.
-    count = common.number(int, 1, 10**9)
-    add("--neighbors", type=count, help="k, the nearest normal images (5)")
+    add("--neighbors", type=common.number(int, 1, 10**9), help="k nearest normal images (5)")
 
 
 # differs from the paper: network: ResNet50 by default, not a ResNet of 101 layers, for time.
@@ -43,9 +42,7 @@ def fit(images, backbone, *, neighbors=5) -> common.Fitted:
     """Builds the memory bank of normal images (N, 3, S, S) uint8, with one row per image."""
     bank = embed(images, backbone, "fit: features")  # (N, C)
     if neighbors >= len(bank):
-        raise common.UserError(
-            f"--neighbors {neighbors}: there are {len(bank)} normal images: lower it"
-        )
+        raise common.UserError(f"--neighbors {neighbors}: of {len(bank)} normal images: lower it")
     # Small copies of the images, to show the nearest ones in the pictures, also after --load.
     thumbnails = common.thumbnails(images, 112).round().byte()
     state = {"bank": bank.cpu(), "thumbnails": thumbnails, "neighbors": neighbors}
@@ -71,9 +68,8 @@ def average(distances: torch.Tensor, indices: torch.Tensor, state: dict) -> comm
 def nearest_images(distances, indices, thumbnails, i: int, image) -> list[common.Cell]:
     """Shows the up to three nearest normal images of image i."""
     cells = []
-    for rank, photo in enumerate(indices[i, :3].tolist()):
-        title = ["nearest normal", "2nd nearest", "3rd nearest"][rank]
-        caption = f"{title}\ndistance {distances[i, rank]:.3g}"
+    for distance, photo in zip(distances[i, :3], indices[i, :3].tolist(), strict=True):
+        caption = f"nearest normal\ndistance {distance:.3g}"
         cells.append(common.Cell(caption, thumbnails[photo], photo))
     return cells
 

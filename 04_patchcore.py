@@ -58,17 +58,10 @@ CALIBRATION = 100  # normal images that set the threshold, or more if the rate n
 
 
 def add_options(add):
-    share = common.number(float, 1e-9, 1)
-    count = common.number(int, 1, 10**9)
-    add("--coreset", type=share, help="share of the patch features that the bank keeps (0.1)")
-    add("--neighbors", type=count, help="b of equation 7 (9); 1: the score is s* itself")
-    add(
-        "--layers",
-        nargs="+",
-        choices=common.STAGES[2:],
-        metavar="LAYER",
-        help="of the network (layer2 layer3)",
-    )
+    add("--coreset", type=common.number(float, 1e-9, 1), help="share of features to keep (0.1)")
+    neighbors = "b of equation 7 (9); 1: the score is s* itself"
+    add("--neighbors", type=common.number(int, 1, 10**9), help=neighbors)
+    add("--layers", nargs="+", choices=common.STAGES[2:], metavar="LAYER", help="(layer2 layer3)")
 
 
 # ------------------------------------------------------------------ the paper's method
@@ -117,10 +110,11 @@ def fit(
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
     picks, _, _ = cover
     bank = rows[picks.to(rows.device)].cpu()  # M_C
-    small = small_images(images, room=max(10 * 2**20, bank.nbytes // 5))
-    state = dict(
-        bank=bank, origin=picks.cpu(), thumbnails=small, layers=layers, neighbors=neighbors
-    )
+    # Small copies of the images, for the pictures, of 10 MiB or a fifth of the bank.
+    side = int((max(10 * 2**20, bank.nbytes / 5) / (3 * len(images))) ** 0.5)
+    small = common.thumbnails(images, min(side, images.shape[2])).round().byte()
+    state = {"bank": bank, "origin": picks.cpu(), "thumbnails": small}
+    state |= {"layers": layers, "neighbors": neighbors}
 
     count = max(CALIBRATION, common.scores_needed(false_alarm_rate))
     calibration = common.shuffled(len(images), seed)[:count].sort().values
@@ -287,12 +281,6 @@ def refill(vectors, distances, radius) -> list[int]:
 
 
 # ------------------------------------------------------------------ what is ours: pictures
-
-
-def small_images(images: torch.Tensor, room: int) -> torch.Tensor:
-    """Shrinks the normal images to (N, 3, side, side) uint8, so that they fit into `room` bytes."""
-    side = int((room / (3 * len(images))) ** 0.5)
-    return common.thumbnails(images, min(side, images.shape[2])).round().byte()
 
 
 def compare(scored: Scored, origin, state: dict, i: int, image: torch.Tensor) -> list[common.Cell]:
