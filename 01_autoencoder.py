@@ -97,7 +97,6 @@ def fit(
     trained, calibration = common.hold_out(len(images), seed, false_alarm_rate)
     small = [shrink(images[rows], backbone.device) for rows in trained.split(64)]
     targets = torch.cat(small).contiguous(memory_format=torch.channels_last)
-
     # The learning rate rises to its highest, then falls to zero: one cycle.
     optimizer = torch.optim.Adam(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
@@ -120,7 +119,7 @@ def detector(state: dict, backbone):
     """Returns the function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
     network = build_autoencoder(state["latent"]).eval()
     network.load_state_dict(state["weights"])
-    network = network.to(backbone.device, memory_format=torch.channels_last)
+    network.to(backbone.device, memory_format=torch.channels_last)
     return partial(score, network, backbone.device)
 
 

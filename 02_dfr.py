@@ -43,10 +43,8 @@ def add_options(add):
 
 def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:
     """Brings all layers to one grid and smooths them (section III, multi-scale regional features).
-
-    The outputs are (B, C, h, w) per layer, the finest first. Returns (B, C, h, w), where C is
-    summed over the layers.
-    """
+    The outputs are (B, C, h, w) per layer, the finest first. Returns (B, C, h, w), C summed over
+    the layers."""
     # differs from the paper: regions: it brings the layers to the image's size and averages over
     # 4 x 4 pixels, without padding. Here it is 3 x 3 cells of the finest layer, padded with zeros:
     # coarser, and about a quarter of the memory.
@@ -137,9 +135,9 @@ def fit(
 @common.undisturbed()
 def detector(state: dict, backbone):
     """Returns the function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
-    network = build_autoencoder(len(state["mean"]), state["d"]).eval()
+    network = build_autoencoder(len(state["mean"]), state["d"]).to(backbone.device).eval()
     network.load_state_dict(state["weights"])
-    return partial(score, state, backbone, network.to(backbone.device))
+    return partial(score, state, backbone, network)
 
 
 @common.exact()

@@ -43,8 +43,7 @@ def fit(images, backbone, *, neighbors=5) -> common.Fitted:
     bank = embed(images, backbone, "fit: features")  # (N, C)
     if neighbors >= len(bank):
         raise common.UserError(f"--neighbors {neighbors}: of {len(bank)} normal images: lower it")
-    # Small copies of the images, to show the nearest ones in the pictures, also after --load.
-    thumbnails = common.thumbnails(images, 112).round().byte()
+    thumbnails = common.thumbnails(images, 112).round().byte()  # for the pictures
     state = {"bank": bank.cpu(), "thumbnails": thumbnails, "neighbors": neighbors}
     # A new image is not in the bank. So a normal one must not find itself there: it is one of its
     # own k + 1 neighbors, at distance 0.

@@ -1587,10 +1587,9 @@ def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor
     """Draws from `seed` which images to train on and which to hold out for the threshold, as
     indices. It holds out a fifth, or as many as the rate needs if those are at most a third."""
     order = shuffled(count, seed)
-    size = max(1, round(count / 5))
+    fifth = max(1, round(count / 5))
     needed = scores_needed(false_alarm_rate)
-    if size < needed <= count // 3:
-        size = needed
+    size = needed if fifth < needed <= count // 3 else fifth
     return order[size:].sort().values, order[:size].sort().values
 
 
@@ -1604,7 +1603,7 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
 # What a method's `fit` returns becomes a model, which is saved, loaded, and judges photos. Read
 # `Fitted` first, then `make_model`. `load_judge` is for Python.
 
-FORMAT = "visual anomaly detection, format 8"
+FORMAT = "visual anomaly detection, format 9"
 
 
 class Cell(NamedTuple):
@@ -1632,12 +1631,11 @@ class Fitted(NamedTuple):
     figures: dict  # functions that draw a matplotlib figure, by the name of its file
 
 
-def make_model(method, settings: dict, backbone, fitted: Fitted, paths, seconds: float) -> dict:
+def make_model(settings: dict, backbone, fitted: Fitted, paths, seconds: float) -> dict:
     """Returns all that it takes to judge photos, but for the backbone. It can be saved."""
     maps = fitted.result.maps
     return {
         "format": FORMAT,
-        "method": method,
         "settings": settings,
         "weights": backbone.label,
         "fingerprint": backbone.fingerprint,
@@ -1650,13 +1648,12 @@ def make_model(method, settings: dict, backbone, fitted: Fitted, paths, seconds:
     }
 
 
-def load_model(path: Path, method: str | None = None) -> dict:
-    """Reads a dict of `make_model` from its file. Raises UserError for another file or method."""
+def load_model(path: Path) -> dict:
+    """Reads a dict of `make_model` from its file. Raises UserError for any other file."""
     model = load_torch_file("--load", path, "a file by --save")
-    kind = f"{model.get('format')}, {model.get('method')}"
-    expected = f"{FORMAT}, {method or model.get('method')}"
-    if kind != expected:
-        raise UserError(f"--load {path}: is {kind}, expected {expected}: fit again")
+    found = model.get("format")
+    if found != FORMAT:
+        raise UserError(f"--load {path}: is {found}, expected {FORMAT}: fit again")
     return model
 
 
@@ -1722,7 +1719,7 @@ def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=None
 # --predict come out. Read `cells_of` first, what is shown of an image, then `report` and `predict`.
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
-TILES = ".tiles.npy"  # what methods.png shows of a run
+TILES = ".tiles.pt"  # what methods.png shows of a run
 UNLIKE_TRAINING = (
     "train/good lacks what they show (does it hold copies of one part, or another light or file "
     "format?): add normal photos that are taken like these"
@@ -1741,6 +1738,16 @@ class Run(NamedTuple):
 
     def verdict(self, score) -> str:
         return "defect" if score > self.threshold else "normal"
+
+
+def make_run(options, model: dict) -> Run:
+    threshold, map_range = thresholds(model, options.false_alarm_rate)
+    source = (options.data or options.load).resolve().name
+    title = f"{options.method} on {source}, {model['weights']}\ndefect above {threshold:.3g}"
+    if map_range:
+        levels = "; maps: black to {:.3g}, outlined above {:.3g}, light from {:.3g}"
+        title += levels.format(*map_range)
+    return Run(options, model, threshold, map_range, title)
 
 
 def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -> list[Cell]:
@@ -1816,8 +1823,7 @@ def save_picture(run: Run, name, first_line: str, rows: list[list[Cell]]) -> Non
 
 
 def save_figure(run: Run, figure: Figure, name: str) -> None:
-    title = drawable(run.title)
-    figure.suptitle(title, fontsize=9, parse_math=False)  # dollars start no formula
+    figure.suptitle(drawable(run.title), fontsize=9, parse_math=False)  # dollars are no formula
     with atomic(run.options.out / name) as unfinished:
         figure.savefig(unfinished, format="png", dpi=110, facecolor="white")
 
@@ -1880,7 +1886,7 @@ def evaluate(run: Run, test: Split, result: Result) -> dict:
     reported = np.asarray(result.scores) > run.threshold
     defects = sorted(set(test.kinds) - {"good"})
     data = str(options.data.resolve())
-    seen = [*map(str, test.paths), data, options.resize, options.crop, options.bits]
+    seen = [test.paths.tolist(), data, options.resize, options.crop, options.bits]
     return {
         "method": options.method,
         "data": data,
@@ -1889,7 +1895,6 @@ def evaluate(run: Run, test: Split, result: Result) -> dict:
         **metrics_of(defects, test, result, reported),
         "per_defect": {kind: metrics_of([kind], test, result, reported) for kind in defects},
         "threshold": run.threshold,
-        "false_alarm_rate": options.false_alarm_rate,
         "false_alarms": int(reported[~test.labels].sum()),
         "normal_images": int((~test.labels).sum()),
         "fit_seconds": run.model["fit_seconds"],
@@ -1945,24 +1950,24 @@ def draw_examples(run: Run, test: Split, result: Result) -> None:
 
 
 def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[dict]:
-    """Draws methods.png: the first image of each type, as the last run of each method in --out
-    shows it, if that was on the same test set. Returns those runs' metrics."""
+    """Draws methods.png: the first image of each type, as each method's last run in --out shows it,
+    if that was on the same test set. Returns those runs' metrics."""
     truth, tiles = [], []
     for kind in dict.fromkeys(test.kinds):
         i = int((test.kinds == kind).argmax())
         shown = cells_of(run, result, i, test.images[i], "")
         tiles.append(shown[1].tile)  # the map, or the nearest normal image
         truth.append(Cell(kind, ground_truth(test, i).tile))
-    with atomic(run.options.out / TILES) as unfinished, open(unfinished, "wb") as file:
-        np.save(file, tiles)
+    with atomic(run.options.out / TILES) as unfinished:
+        torch.save(tiles, unfinished)
     rows = [truth]
     runs = []
     for path in sorted(run.options.out.parent.glob(f"*/{TILES}")):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # who knows whose metrics.json
+        with suppress(Exception):  # who knows what they hold
             other = json.loads(path.with_name("metrics.json").read_text())
             if other["test_set"] == metrics["test_set"]:
                 caption = "{method}\n{weights}".format_map(other)
-                rows.append([Cell(caption, tile) for tile in torch.from_numpy(np.load(path))])
+                rows.append([Cell(caption, tile) for tile in torch.load(path)])
                 runs.append(other)
     of_all = run._replace(title="the first image of each type")
     save_picture(of_all, "../methods.png", f"all methods so far on {metrics['data']}", rows)
@@ -2007,8 +2012,8 @@ def note_false_alarms(run: Run, metrics: dict) -> None:
     alarms = metrics["false_alarms"]
     count = metrics["normal_images"]
     if stats.binom.sf(alarms - 1, count, rate) < 0.001:
-        of_all = f"{alarms} of {count} normal test images"
-        note(f"{of_all} are above the threshold, far more than {rate:.0%}: {UNLIKE_TRAINING}")
+        above = f"{alarms} of {count} normal test images are above the threshold"
+        note(f"{above}, far more than {rate:.0%}: {UNLIKE_TRAINING}")
 
 
 def predict(run: Run, files: list[Path], detect, errors: list) -> None:
@@ -2081,17 +2086,9 @@ def place_of_peak(options, result: Result, i: int, size) -> tuple:
 EXIT_CODES = """exit codes: 0 done; 1 a photo or folder could not be read, or a picture not written;
 2 an error, named in one line on stderr; 130 Ctrl-C; 141 closed pipe"""
 # What is fixed at the fit, beside what the method's `fit` takes by name: --load reads it from the
-# saved file. The weights may lie elsewhere by then, and the rate may change: MAY_CHANGE.
-DEFAULTS = {
-    "backbone": "resnet50",
-    "weights": "imagenet",
-    "resize": 256,
-    "crop": 224,
-    "bits": 16,
-    "seed": 0,
-    "false_alarm_rate": 0.05,
-}
-MAY_CHANGE = ("weights", "false_alarm_rate")
+# saved file. The weights may lie elsewhere by then, and the rate may change.
+DEFAULTS = {"backbone": "resnet50", "weights": "imagenet", "resize": 256, "crop": 224, "bits": 16}
+DEFAULTS |= {"seed": 0, "false_alarm_rate": 0.05}
 PRACTICE_PILL = Path(__file__).parent / "tests" / "practice_pill"
 
 
@@ -2138,13 +2135,9 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     options, settings, model = read_options(method, description, add_options, fit)
     errors = []  # about single photos
     files = files_to_judge(options, errors)
+    scratch = os.environ.get("TMPDIR", options.out)
     backbone = load_backbone(
-        options.backbone,
-        options.weights,
-        options.seed,
-        options.device,
-        options.batch_size,
-        scratch=os.environ.get("TMPDIR", options.out),
+        options.backbone, options.weights, options.seed, options.device, options.batch_size, scratch
     )
     if model:
         check_weights(model, backbone)
@@ -2161,7 +2154,7 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
         start = time.perf_counter()
         fitted = fit(train.images, backbone, **of_fit)
         seconds = time.perf_counter() - start
-        model = make_model(method, settings, backbone, fitted, train.paths, seconds)
+        model = make_model(settings, backbone, fitted, train.paths, seconds)
     if options.save:
         try:
             with atomic(options.save) as unfinished:
@@ -2169,13 +2162,7 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
             note(f"saved {options.save}")
         except UserError as error:  # the report comes all the same
             failure = error
-    threshold, map_range = thresholds(model, options.false_alarm_rate)
-    source = (options.data or options.load).resolve().name
-    title = f"{method} on {source}, {model['weights']}\ndefect above {threshold:.3g}"
-    if map_range:
-        levels = "; maps: black to {:.3g}, outlined above {:.3g}, light from {:.3g}"
-        title += levels.format(*map_range)
-    run = Run(options, model, threshold, map_range, title)
+    run = make_run(options, model)
     if fitted:
         draw_fit(run, fitted, train)
         del train  # the images of thousands of photos take gigabytes
@@ -2208,12 +2195,10 @@ def check_room(options, backbone, images: torch.Tensor) -> None:
 
 
 def read_options(method: str, description: str, add_options, fit):
-    """Reads the command line, and with --load a saved model, whose settings then apply.
-
-    Returns the options, those of them that are fixed at the fit as a dict, and the model or None.
-    Raises UserError for what cannot work, before time is spent.
-    """
-    given = vars(build_parser(description, add_options).parse_args())
+    """Reads the command line, and with --load a saved model, whose settings then apply. Returns the
+    options, those of them that are fixed at the fit as a dict, and the model or None. Raises
+    UserError for what cannot work, before time is spent."""
+    given = vars(build_parser(description, add_options).parse_args()) | {"method": method}
     load, save = given["load"], given["save"]
     if not given["data"] and not load:
         if given["predict"]:
@@ -2222,17 +2207,17 @@ def read_options(method: str, description: str, add_options, fit):
         given.setdefault("backbone", "efficientnet_lite0")
     if not given["data"] and not given["predict"]:
         raise UserError(f"--load {load}: add --predict PHOTOS or --data DIR to evaluate on")
-    model = load_model(load, method) if load else None
-    settings = dict(model["settings"]) if model else DEFAULTS | inspect.unwrap(fit).__kwdefaults__
-    for name, value in settings.items():
-        own = given.get(name, value)
-        if model and own != value and name not in MAY_CHANGE:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} {own}: {load} was fitted with {value}: fit again")
-        settings[name] = own
+    model = load_model(load) if load else None
+    fixed = model["settings"] if model else DEFAULTS | inspect.unwrap(fit).__kwdefaults__
+    settings = {"method": method}
+    for name, value in fixed.items():
+        settings[name] = given.get(name, value)
+        may_differ = not model or name in ("weights", "false_alarm_rate")
+        if settings[name] != value and not may_differ:
+            raise UserError(f"{name} {settings[name]}: {load} was fitted with {value}: fit again")
     if settings["weights"] not in ("imagenet", "random"):
         settings["weights"] = os.path.abspath(settings["weights"])
-    options = argparse.Namespace(**given | settings, method=method)
+    options = argparse.Namespace(**given | settings)
     options.out /= method
 
     if options.crop > options.resize:
@@ -2311,15 +2296,15 @@ def number(kind, low, high):
 
 
 def path(text: str) -> Path:
-    """Is a type for argparse that refuses an empty text, such as an unset variable leaves."""
+    """Is a type for argparse. It refuses an empty text, such as an unset variable leaves."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: expected a path")
     return Path(text)
 
 
 def files_to_judge(options, errors: list) -> list[Path]:
-    """Finds the photos that --predict names, and those in the folders that it names. `errors` gains
-    a UserError for each folder that cannot be listed."""
+    """Finds the photos that --predict names, and those in folders that it names. `errors` gains a
+    UserError for each folder that cannot be listed."""
     if options.predict and sys.stdout is None:
         raise UserError("stdout: is closed, expected to write a CSV to it")
     files = {}  # its keys: each file stands once
