@@ -14,9 +14,8 @@ Read `build_autoencoder`, `fit` (the loss is the map's mean) and `score`. Then l
 reconstruction in examples.png: whatever it leaves out stands in the map. Whether training had ended
 is told by the loss halfway and at the end, which a run prints.
 
-It cannot tell a defect from any other detail that it draws badly. Each speckle of a pill, in
-another place on every image, is an error too, and a faint stain is a smaller one. Pixels are the
-wrong place to compare. 02 moves the same idea to the features of a network that knows images.
+It cannot tell a defect from any other detail that it draws badly: each speckle of a pill is an
+error too, and a faint stain a smaller one. 02 compares features of a network that knows images.
 """
 
 from functools import partial
@@ -139,9 +138,8 @@ def score(network, device, images: torch.Tensor) -> common.Result:
     # the maximum: the largest single error is a speckle, on normal pills as well, while all errors
     # of a defect together stand out.
     maps = common.to_maps(grids, images.shape[2])
-    scores = grids.mean(dim=(1, 2))
     cells = [[common.Cell("reconstruction", drawing)] for drawing in torch.cat(drawings)]
-    return common.Result(scores, maps, lambda i, image: cells[i])
+    return common.Result(grids.mean(dim=(1, 2)), maps, lambda i, image: cells[i])
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ Read `regional_features` and `build_autoencoder` (section III), and `latent_size
 Then look at examples.png: single speckles no longer light up. A run prints the loss halfway and at
 the end: whether it has settled.
 
-It has to be trained for every product anew. And what such a network learns to redraw is never just
-what it was shown, so that it redraws a few defects too. 03 does not learn: it remembers.
+It has to be trained for every product anew, and it learns to redraw a few defects, too. 03 does not
+learn: it remembers.
 """
 
 from functools import partial

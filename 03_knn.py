@@ -31,10 +31,8 @@ def add_options(add):
 # differs from the paper: network: ResNet50 by default, not a ResNet of 101 layers, for time.
 def embed(images: torch.Tensor, backbone, description: str) -> torch.Tensor:
     """Computes f(x), layer4 averaged over the image: (N, C) float32, C = 2048 by a ResNet50."""
-    averages = []
-    for (output,) in common.extract(backbone, ["layer4"], images, description):
-        averages.append(output.mean(dim=(2, 3)))  # (B, C)
-    return torch.cat(averages)
+    outputs = common.extract(backbone, ["layer4"], images, description)
+    return torch.cat([output.mean(dim=(2, 3)) for (output,) in outputs])  # of (B, C)
 
 
 @common.undisturbed()

@@ -130,9 +130,8 @@ def describe(outputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
 
 
 def project(features: torch.Tensor, seed: int) -> torch.Tensor:
-    """Applies psi: (..., C) to (..., 128). It serves the coreset's distances alone, and the bank
-    keeps all C columns. 128 random directions keep squared distances, typically to 12 % (Johnson
-    and Lindenstrauss)."""
+    """Applies psi: (..., C) to (..., 128), for the coreset's distances alone. 128 random directions
+    keep squared distances, typically to 12 % (Johnson and Lindenstrauss)."""
     if features.shape[-1] <= 128:
         return features
     return features @ random_directions(features.shape[-1], seed).to(features)

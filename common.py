@@ -1741,6 +1741,7 @@ class Run(NamedTuple):
 
 
 def make_run(options, model: dict) -> Run:
+    """Puts together what a run shows of a model, by its thresholds for the rate that is asked."""
     threshold, map_range = thresholds(model, options.false_alarm_rate)
     source = (options.data or options.load).resolve().name
     title = f"{options.method} on {source}, {model['weights']}\ndefect above {threshold:.3g}"
@@ -1876,7 +1877,9 @@ def report(run: Run, test: Split, detect) -> None:
     write_scores(run, test, result)
     save_figure(run, draw_scores(run, test.labels, np.asarray(result.scores)), "scores.png")
     draw_examples(run, test, result)
-    show_tables(run, metrics, draw_methods(run, test, result, metrics))
+    runs = draw_methods(run, test, result, metrics)
+    with redirect_stdout(sys.stderr if run.options.predict else sys.stdout):
+        show_tables(run, metrics, runs)
     note_false_alarms(run, metrics)
 
 
@@ -1925,10 +1928,8 @@ def write_scores(run: Run, test: Split, result: Result) -> None:
     verdicts = map(run.verdict, result.scores)
     scores = map("{:.9g}".format, result.scores)
     encoding = dict(encoding="utf-8", errors="surrogateescape", newline="")
-    with (
-        atomic(run.options.out / "scores.csv") as unfinished,
-        open(unfinished, "w", **encoding) as file,
-    ):
+    path = run.options.out / "scores.csv"
+    with atomic(path) as unfinished, open(unfinished, "w", **encoding) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "score", "predicted"])
         writer.writerows(zip(test.paths, labels, scores, verdicts, strict=True))
@@ -1966,40 +1967,38 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
         with suppress(Exception):  # who knows what they hold
             other = json.loads(path.with_name("metrics.json").read_text())
             if other["test_set"] == metrics["test_set"]:
-                caption = "{method}\n{weights}".format_map(other)
-                rows.append([Cell(caption, tile) for tile in torch.load(path)])
+                rows.append([Cell(other["method"], tile) for tile in torch.load(path)])
                 runs.append(other)
-    of_all = run._replace(title="the first image of each type")
-    save_picture(of_all, "../methods.png", f"all methods so far on {metrics['data']}", rows)
+    title = ";  ".join(map("{method}: {weights}".format_map, runs))
+    first_line = f"the first image of each type in {run.options.data.resolve().name}"
+    save_picture(run._replace(title=title), "../methods.png", first_line, rows)
     return runs
 
 
 def show_tables(run: Run, metrics: dict, runs: list[dict]) -> None:
     """Prints this run by defect type, then all methods run so far on the same test set."""
-    options = run.options
-    say = partial(print, file=sys.stderr if options.predict else sys.stdout)
-    say(f"\n{options.method} on {options.data}, {metrics['weights']}")
-    say(table_row("defect type", METRICS.values(), "reported"))
+    print(f"\n{run.options.method} on {run.options.data}, {metrics['weights']}")
+    print_row("defect type", METRICS.values(), "reported")
     good = {"reported": metrics["false_alarms"], "images": metrics["normal_images"]}
     for kind, of_kind in (metrics["per_defect"] | {"all": metrics, "good": good}).items():
         reported = f"{of_kind['reported']} of {of_kind['images']}"
-        say(table_row(kind, map(of_kind.get, METRICS), reported))
+        print_row(kind, map(of_kind.get, METRICS), reported)
     if metrics["image_auroc"] is None:
         note("image AUROC is null: it takes photos in test/good and in another folder of test")
-    say(f"\nall methods so far on {options.data}")
+    print(f"\nall methods so far on {run.options.data}")
     columns = METRICS | {"fit_seconds": "fit s", "ms_per_image": "ms/image"}
-    say(table_row("method", columns.values(), "weights"))
+    print_row("method", columns.values(), "weights")
     for other in runs:
-        say(table_row(other["method"], map(other.get, columns), other["weights"]))
-    say(f"\nfiles in {options.out}")
+        print_row(other["method"], map(other.get, columns), other["weights"])
+    print(f"\nfiles in {run.options.out}")
 
 
-def table_row(first: str, values, last: str) -> str:
-    """Returns a line of a table: its first cell, numbers or titles of columns, and its last."""
+def print_row(first: str, values, last: str) -> None:
+    """Prints a line of a table: its first cell, numbers or titles of columns, and its last cell."""
     row = f"{first:16}"
     for value in values:
         row += f" {value:12.3f}" if isinstance(value, float) else f" {value or '-':>12}"
-    return f"{row}  {last}"
+    print(f"{row}  {last}")
 
 
 def note_false_alarms(run: Run, metrics: dict) -> None:
@@ -2053,8 +2052,7 @@ def predict(run: Run, files: list[Path], detect, errors: list) -> None:
     if judged >= 10 and defects > judged / 2:
         note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")
     if highest:
-        rows = [cells for _, cells in highest]
-        save_picture(run, "predictions.png", "the highest scores", rows)
+        save_picture(run, "predictions.png", "the highest scores", [row for _, row in highest])
         note(f"pictures in {options.out / 'predictions'}, the highest in predictions.png")
 
 

@@ -365,7 +365,7 @@ def test_old_pictures_do_not_stay_among_the_new(run_script, model_file, pill, tm
     photo = Path("/", pictures[0].relative_to(tmp_path / "results/knn/predictions"))
     photo.with_suffix("").write_bytes(b"broken since")
     code, _, err = run_script("knn", *judge, "--pictures", "defects")
-    assert (code, " 1 errors" in err, pictures[0].exists()) == (1, True, False)
+    assert (code, "\n1 errors: see above" in err, pictures[0].exists()) == (1, True, False)
     run_script("knn", *judge, "--pictures", "none")
     assert not list((tmp_path / "results/knn").rglob("*.png"))
 
