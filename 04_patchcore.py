@@ -55,6 +55,7 @@ from torchvision.utils import draw_bounding_boxes
 
 LAYERS = ["layer2", "layer3"]
 CALIBRATION = 100  # normal images that set the threshold, or more if the rate needs them
+ROOM = 10 * 2**20  # bytes of a model's small images, or a fifth of its bank if that is more
 
 
 def add_options(add):
@@ -108,8 +109,7 @@ def fit(
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
     picks, _, _ = cover
     bank = rows[picks.to(rows.device)].cpu()  # M_C
-    # Small copies of the images, for the pictures, of 10 MiB or a fifth of the bank.
-    side = int((max(10 * 2**20, bank.nbytes / 5) / (3 * len(images))) ** 0.5)
+    side = int((max(ROOM, bank.nbytes / 5) / (3 * len(images))) ** 0.5)
     small = common.thumbnails(images, min(side, images.shape[2])).round().byte()
     state = {"bank": bank, "origin": picks.cpu(), "thumbnails": small}
     state |= {"layers": layers, "neighbors": neighbors}

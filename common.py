@@ -1640,7 +1640,7 @@ def make_model(settings: dict, backbone, fitted: Fitted, paths, seconds: float) 
         "weights": backbone.label,
         "fingerprint": backbone.fingerprint,
         "state": fitted.state,
-        "names": [short_name(path) for path in paths],
+        "names": list(map(short_name, paths)),
         "scores": fitted.result.scores,
         "peaks": None if maps is None else maps.amax((1, 2)),
         "median": None if maps is None else float(maps.median()),
@@ -1804,13 +1804,13 @@ def drawable(name: str) -> str:
 
 def save_picture(run: Run, name, first_line: str, rows: list[list[Cell]]) -> None:
     """Draws rows of cells, all as large as the first one's pixels allow, under the run's title."""
-    lines = drawable(f"{first_line}\n{run.title}").split("\n")
+    heading = drawable(f"{first_line}\n{run.title}")
     side = min(max(rows[0][0].tile.shape[1], 224), 448)
     step = side + 6
-    width = max(step * max(map(len, rows)), 12 + max(map(font(14).getlength, lines)))
+    width = max(step * max(map(len, rows)), 12 + max(map(font(14).getlength, heading.split("\n"))))
     picture = Image.new("RGB", (int(width), 64 + step * len(rows)), "white")
     write = partial(ImageDraw.Draw(picture).multiline_text, font=font(14))
-    write((6, 4), "\n".join(lines), fill="black")
+    write((6, 4), heading, fill="black")
     for row, cells in enumerate(rows):
         top = 64 + step * row
         for column, cell in enumerate(cells):
@@ -1924,15 +1924,14 @@ def metrics_of(kinds: list[str], test: Split, result: Result, reported: np.ndarr
 
 def write_scores(run: Run, test: Split, result: Result) -> None:
     """Writes scores.csv, which has a line for each test image. Names keep their encoding."""
-    labels = np.where(test.labels, "defect", "normal")
-    verdicts = map(run.verdict, result.scores)
-    scores = map("{:.9g}".format, result.scores)
     encoding = dict(encoding="utf-8", errors="surrogateescape", newline="")
     path = run.options.out / "scores.csv"
     with atomic(path) as unfinished, open(unfinished, "w", **encoding) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "score", "predicted"])
-        writer.writerows(zip(test.paths, labels, scores, verdicts, strict=True))
+        for photo, is_defect, score in zip(test.paths, test.labels, result.scores, strict=True):
+            label = "defect" if is_defect else "normal"
+            writer.writerow([photo, label, f"{score:.9g}", run.verdict(score)])
 
 
 def draw_examples(run: Run, test: Split, result: Result) -> None:
@@ -1969,7 +1968,7 @@ def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[d
             if other["test_set"] == metrics["test_set"]:
                 rows.append([Cell(other["method"], tile) for tile in torch.load(path)])
                 runs.append(other)
-    title = ";  ".join(map("{method}: {weights}".format_map, runs))
+    title = "; ".join(map("{method}: {weights}".format_map, runs))
     first_line = f"the first image of each type in {run.options.data.resolve().name}"
     save_picture(run._replace(title=title), "../methods.png", first_line, rows)
     return runs
@@ -2015,9 +2014,9 @@ def note_false_alarms(run: Run, metrics: dict) -> None:
         note(f"{above}, far more than {rate:.0%}: {UNLIKE_TRAINING}")
 
 
-def predict(run: Run, files: list[Path], detect, errors: list) -> None:
-    """Judges photos: writes a CSV to stdout, and draws pictures in --out. `errors` gains a
-    UserError for each photo that cannot be read, and for each picture that cannot be written."""
+def predict(run: Run, files: list[Path], detect, refuse: Callable) -> None:
+    """Judges photos: writes a CSV to stdout, and draws pictures in --out. A UserError is passed to
+    `refuse` for each photo that cannot be read, and for each picture that cannot be written."""
     options = run.options
     for name in ["predictions.png", *map(picture_path, files)]:  # an earlier run's
         with suppress(OSError):
@@ -2026,7 +2025,6 @@ def predict(run: Run, files: list[Path], detect, errors: list) -> None:
     highest = []  # up to 10 of (score, cells)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "score", "predicted", "x", "y"])
-    refuse = partial(note_error, errors)
     photos = load_photos(files, options.resize, options.crop, options.bits, refuse)
     while batch := list(itertools.islice(photos, options.batch_size)):
         result = detect(torch.stack([image for _, _, image, _ in batch]))
@@ -2047,8 +2045,7 @@ def predict(run: Run, files: list[Path], detect, errors: list) -> None:
                 save_picture(run, picture_path(path), str(path), [cells])
             except UserError as error:
                 refuse(error)
-    above = f"{defects} above the threshold {run.threshold:.4g}"
-    note(f"judged {judged} images: {above}, {len(errors)} errors")
+    note(f"judged {judged} images: {defects} above the threshold {run.threshold:.4g}")
     if judged >= 10 and defects > judged / 2:
         note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")
     if highest:
@@ -2125,14 +2122,15 @@ def end(code: int, message: str) -> None:
 def main(method: str, description: str, add_options, fit, detector) -> None:
     """Runs a method: reads the options and the data, fits or loads a model, and reports.
 
-    `method` names the folder of the results, and `description` is the script's docstring.
-    `add_options` is explained in `build_parser`. `fit` takes images, a backbone and its options by
-    name, and returns a `Fitted`. `detector` takes a state and a backbone, and returns a function
-    from images (N, 3, S, S) uint8 to a `Result`.
+    `method` names the folder of the results, `description` is the script's docstring, and
+    `build_parser` explains `add_options`. `fit` takes images, a backbone and its options by name,
+    and returns a `Fitted`. `detector` takes a state and a backbone, and returns a function from
+    images (N, 3, S, S) uint8 to a `Result`.
     """
     options, settings, model = read_options(method, description, add_options, fit)
     errors = []  # about single photos
-    files = files_to_judge(options, errors)
+    refuse = partial(note_error, errors)
+    files = files_to_judge(options, refuse)
     scratch = os.environ.get("TMPDIR", options.out)
     backbone = load_backbone(
         options.backbone, options.weights, options.seed, options.device, options.batch_size, scratch
@@ -2155,8 +2153,8 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
         model = make_model(settings, backbone, fitted, train.paths, seconds)
     if options.save:
         try:
-            with atomic(options.save) as unfinished:
-                torch.save(model, unfinished)
+            with atomic(options.save) as unfinished, open(unfinished, "wb") as file:
+                torch.save(model, file)
             note(f"saved {options.save}")
         except UserError as error:  # the report comes all the same
             failure = error
@@ -2171,11 +2169,11 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     elif options.data and not options.save and not options.predict:
         note(f"{options.data}/test holds no image to evaluate on")
     if files:
-        predict(run, files, detect, errors)
+        predict(run, files, detect, refuse)
     if failure:
         raise failure
     if errors:
-        sys.exit(1)
+        end(1, f"{len(errors)} errors: see above")
 
 
 def check_room(options, backbone, images: torch.Tensor) -> None:
@@ -2209,10 +2207,10 @@ def read_options(method: str, description: str, add_options, fit):
     fixed = model["settings"] if model else DEFAULTS | inspect.unwrap(fit).__kwdefaults__
     settings = {"method": method}
     for name, value in fixed.items():
-        settings[name] = given.get(name, value)
-        may_differ = not model or name in ("weights", "false_alarm_rate")
-        if settings[name] != value and not may_differ:
-            raise UserError(f"{name} {settings[name]}: {load} was fitted with {value}: fit again")
+        own = given.get(name, value)
+        if model and own != value and name not in ("weights", "false_alarm_rate"):
+            raise UserError(f"{name} {own}: {load} was fitted with {value}: fit again")
+        settings[name] = own
     if settings["weights"] not in ("imagenet", "random"):
         settings["weights"] = os.path.abspath(settings["weights"])
     options = argparse.Namespace(**given | settings)
@@ -2300,14 +2298,14 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def files_to_judge(options, errors: list) -> list[Path]:
-    """Finds the photos that --predict names, and those in folders that it names. `errors` gains a
-    UserError for each folder that cannot be listed."""
+def files_to_judge(options, refuse: Callable) -> list[Path]:
+    """Finds the photos that --predict names, and those in folders that it names. A UserError is
+    passed to `refuse` for each folder that cannot be listed."""
     if options.predict and sys.stdout is None:
         raise UserError("stdout: is closed, expected to write a CSV to it")
     files = {}  # its keys: each file stands once
     for path in options.predict:
-        photos = [path] if path.is_file() else image_files(path, None, partial(note_error, errors))
+        photos = [path] if path.is_file() else image_files(path, None, refuse)
         if not photos:
             raise UserError(f"--predict {path}: expected a photo or a folder that holds one")
         files |= dict.fromkeys(photos)
