@@ -11,12 +11,11 @@ difference is the anomaly map:
     map(x) = mean over the color channels of  (x - decode(encode(x)))^2
 
 Read `build_autoencoder`, `fit` (the loss is the map's mean) and `score`. Then look at the
-reconstruction in examples.png: whatever it leaves out stands in the map. loss.png shows whether
-training had ended.
+reconstruction in examples.png: whatever it leaves out stands in the map. Whether training had ended
+is told by the loss halfway and at the end, which a run prints.
 
-It cannot tell a defect from any other detail that it draws badly. Each speckle of a pill, in
-another place on every image, is an error too, and a faint stain is a smaller one. Pixels are the
-wrong place to compare. 02 moves the same idea to the features of a network that knows images.
+It cannot tell a defect from any other detail that it draws badly: each speckle of a pill is an
+error too, and a faint stain a smaller one. 02 compares features of a network that knows images.
 """
 
 from functools import partial
@@ -39,8 +38,7 @@ def add_options(add):
     # rate instead of the constant 1e-4. It takes minutes, not hours.
     add("--latent", type=common.number(int, 1, 4096), help="numbers in the bottleneck (64)")
     add("--steps", type=common.number(int, 2, 10**9), help="training steps (1500)")
-    rate = common.number(float, 1e-12, 1e38)
-    add("--learning-rate", type=rate, help="the highest of the cycle (0.002)")
+    add("--learning-rate", type=common.number(float, 1e-12, 1e38), help="its highest (0.002)")
     add("--backbone", choices=["none"], default="none", help="none: it sees the pixels themselves")
 
 
@@ -98,11 +96,9 @@ def fit(
     trained, calibration = common.hold_out(len(images), seed, false_alarm_rate)
     small = [shrink(images[rows], backbone.device) for rows in trained.split(64)]
     targets = torch.cat(small).contiguous(memory_format=torch.channels_last)
-
     # The learning rate rises to its highest, then falls to zero: one cycle.
     optimizer = torch.optim.Adam(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    losses = torch.zeros(steps)
     for step in common.progress(range(steps), "fit: train"):
         batch = jitter(targets[torch.randint(len(targets), (BATCH,))])
         loss = F.mse_loss(network(batch), batch)
@@ -110,14 +106,11 @@ def fit(
         loss.backward()
         optimizer.step()
         schedule.step()
-        losses[step] = loss.detach()
-        if not loss.isfinite():
-            raise common.UserError(f"--learning-rate {learning_rate:g}: diverges: lower it")
+        common.note_loss(step, steps, loss)
 
     state = {"latent": latent, "weights": network.cpu().state_dict()}
     result = detector(state, backbone)(images[calibration])
-    figures = {"loss.png": partial(common.draw_losses, losses)}
-    return common.Fitted(state, calibration, result, figures)
+    return common.Fitted(state, calibration, result, {})
 
 
 @common.undisturbed()
@@ -125,7 +118,7 @@ def detector(state: dict, backbone):
     """Returns the function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
     network = build_autoencoder(state["latent"]).eval()
     network.load_state_dict(state["weights"])
-    network = network.to(backbone.device, memory_format=torch.channels_last)
+    network.to(backbone.device, memory_format=torch.channels_last)
     return partial(score, network, backbone.device)
 
 
@@ -145,11 +138,8 @@ def score(network, device, images: torch.Tensor) -> common.Result:
     # the maximum: the largest single error is a speckle, on normal pills as well, while all errors
     # of a defect together stand out.
     maps = common.to_maps(grids, images.shape[2])
-    scores = grids.mean(dim=(1, 2))
-    reconstructions = torch.cat(drawings)  # (N, 3, 64, 64)
-    return common.Result(
-        scores, maps, lambda i, image: [common.Cell("reconstruction", reconstructions[i])]
-    )
+    cells = [[common.Cell("reconstruction", drawing)] for drawing in torch.cat(drawings)]
+    return common.Result(grids.mean(dim=(1, 2)), maps, lambda i, image: cells[i])
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ the region is not one that normal images have:
     map(x)[region] = |f - decode(encode(f))|^2 / C
 
 Read `regional_features` and `build_autoencoder` (section III), and `latent_size`, which chooses d.
-Then look at examples.png: single speckles no longer light up. loss.png shows whether the loss has
-settled.
+Then look at examples.png: single speckles no longer light up. A run prints the loss halfway and at
+the end: whether it has settled.
 
-It has to be trained for every product anew. And what such a network learns to redraw is never just
-what it was shown, so that it redraws a few defects too. 03 does not learn: it remembers.
+It has to be trained for every product anew, and it learns to redraw a few defects, too. 03 does not
+learn: it remembers.
 """
 
 from functools import partial
@@ -34,26 +34,17 @@ LAYERS = ["layer2", "layer3"]
 def add_options(add):
     # differs from the paper: layers: two stages of a ResNet instead of twelve layers of VGG19, on
     # the center crop of 224 pixels instead of all of 256.
-    add(
-        "--layers",
-        nargs="+",
-        choices=common.STAGES[2:],
-        metavar="LAYER",
-        help="of the network (layer2 layer3)",
-    )
+    add("--layers", nargs="+", choices=common.STAGES[2:], metavar="LAYER", help="(layer2 layer3)")
     # differs from the paper: training: 1000 steps instead of 700 epochs, and a learning rate that
     # rises and falls instead of the constant 1e-4.
     add("--steps", type=common.number(int, 2, 10**9), help="training steps (1000)")
-    rate = common.number(float, 1e-12, 1e38)
-    add("--learning-rate", type=rate, help="the highest of the cycle (0.003)")
+    add("--learning-rate", type=common.number(float, 1e-12, 1e38), help="its highest (0.003)")
 
 
 def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:
     """Brings all layers to one grid and smooths them (section III, multi-scale regional features).
-
-    The outputs are (B, C, h, w) per layer, the finest first. Returns (B, C, h, w), where C is
-    summed over the layers.
-    """
+    The outputs are (B, C, h, w) per layer, the finest first. Returns (B, C, h, w), C summed over
+    the layers."""
     # differs from the paper: regions: it brings the layers to the image's size and averages over
     # 4 x 4 pixels, without padding. Here it is 3 x 3 cells of the finest layer, padded with zeros:
     # coarser, and about a quarter of the memory.
@@ -122,7 +113,6 @@ def fit(
     # The learning rate rises to its highest, then falls to zero: one cycle.
     optimizer = torch.optim.Adam(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    losses = torch.zeros(steps)
     for step in common.progress(range(steps), "fit: train"):
         # differs from the paper: batches: a step takes 1024 regions of all images, not all regions
         # of four images, which are much alike.
@@ -132,25 +122,22 @@ def fit(
         loss.backward()
         optimizer.step()
         schedule.step()
-        losses[step] = loss.detach()
-        if not loss.isfinite():
-            raise common.UserError(f"--learning-rate {learning_rate:g}: diverges: lower it")
+        common.note_loss(step, steps, loss)
 
     weights = network.cpu().state_dict()
     state = {"d": d, "mean": mean, "deviation": deviation, "weights": weights, "layers": layers}
     # differs from the paper: threshold: it comes from the scores of images that were held out; the
     # paper's code takes it from the pixels of the training images' maps.
     result = detector(state, backbone)(images[calibration])
-    figures = {"loss.png": partial(common.draw_losses, losses)}
-    return common.Fitted(state, calibration, result, figures)
+    return common.Fitted(state, calibration, result, {})
 
 
 @common.undisturbed()
 def detector(state: dict, backbone):
     """Returns the function that judges images by a fitted model: (N, 3, S, S) uint8 -> Result."""
-    network = build_autoencoder(len(state["mean"]), state["d"]).eval()
+    network = build_autoencoder(len(state["mean"]), state["d"]).to(backbone.device).eval()
     network.load_state_dict(state["weights"])
-    return partial(score, state, backbone, network.to(backbone.device))
+    return partial(score, state, backbone, network)
 
 
 @common.exact()

@@ -25,17 +25,14 @@ import torch
 
 def add_options(add):
     # differs from the paper: k: 5 nearest images instead of 2.
-    count = common.number(int, 1, 10**9)
-    add("--neighbors", type=count, help="k, the nearest normal images (5)")
+    add("--neighbors", type=common.number(int, 1, 10**9), help="k nearest normal images (5)")
 
 
 # differs from the paper: network: ResNet50 by default, not a ResNet of 101 layers, for time.
 def embed(images: torch.Tensor, backbone, description: str) -> torch.Tensor:
     """Computes f(x), layer4 averaged over the image: (N, C) float32, C = 2048 by a ResNet50."""
-    averages = []
-    for (output,) in common.extract(backbone, ["layer4"], images, description):
-        averages.append(output.mean(dim=(2, 3)))  # (B, C)
-    return torch.cat(averages)
+    outputs = common.extract(backbone, ["layer4"], images, description)
+    return torch.cat([output.mean(dim=(2, 3)) for (output,) in outputs])  # of (B, C)
 
 
 @common.undisturbed()
@@ -43,11 +40,8 @@ def fit(images, backbone, *, neighbors=5) -> common.Fitted:
     """Builds the memory bank of normal images (N, 3, S, S) uint8, with one row per image."""
     bank = embed(images, backbone, "fit: features")  # (N, C)
     if neighbors >= len(bank):
-        raise common.UserError(
-            f"--neighbors {neighbors}: there are {len(bank)} normal images: lower it"
-        )
-    # Small copies of the images, to show the nearest ones in the pictures, also after --load.
-    thumbnails = common.thumbnails(images, 112).round().byte()
+        raise common.UserError(f"--neighbors {neighbors}: of {len(bank)} normal images: lower it")
+    thumbnails = common.thumbnails(images, 112).round().byte()  # for the pictures
     state = {"bank": bank.cpu(), "thumbnails": thumbnails, "neighbors": neighbors}
     # A new image is not in the bank. So a normal one must not find itself there: it is one of its
     # own k + 1 neighbors, at distance 0.
@@ -71,9 +65,8 @@ def average(distances: torch.Tensor, indices: torch.Tensor, state: dict) -> comm
 def nearest_images(distances, indices, thumbnails, i: int, image) -> list[common.Cell]:
     """Shows the up to three nearest normal images of image i."""
     cells = []
-    for rank, photo in enumerate(indices[i, :3].tolist()):
-        title = ["nearest normal", "2nd nearest", "3rd nearest"][rank]
-        caption = f"{title}\ndistance {distances[i, rank]:.3g}"
+    for distance, photo in zip(distances[i, :3], indices[i, :3].tolist(), strict=True):
+        caption = f"nearest normal\ndistance {distance:.3g}"
         cells.append(common.Cell(caption, thumbnails[photo], photo))
     return cells
 

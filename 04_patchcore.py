@@ -55,20 +55,14 @@ from torchvision.utils import draw_bounding_boxes
 
 LAYERS = ["layer2", "layer3"]
 CALIBRATION = 100  # normal images that set the threshold, or more if the rate needs them
+ROOM = 10 * 2**20  # bytes of a model's small images, or a fifth of its bank if that is more
 
 
 def add_options(add):
-    share = common.number(float, 1e-9, 1)
-    count = common.number(int, 1, 10**9)
-    add("--coreset", type=share, help="share of the patch features that the bank keeps (0.1)")
-    add("--neighbors", type=count, help="b of equation 7 (9); 1: the score is s* itself")
-    add(
-        "--layers",
-        nargs="+",
-        choices=common.STAGES[2:],
-        metavar="LAYER",
-        help="of the network (layer2 layer3)",
-    )
+    add("--coreset", type=common.number(float, 1e-9, 1), help="share of features to keep (0.1)")
+    neighbors = "b of equation 7 (9); 1: the score is s* itself"
+    add("--neighbors", type=common.number(int, 1, 10**9), help=neighbors)
+    add("--layers", nargs="+", choices=common.STAGES[2:], metavar="LAYER", help="(layer2 layer3)")
 
 
 # ------------------------------------------------------------------ the paper's method
@@ -76,10 +70,8 @@ def add_options(add):
 
 def patch_features(outputs: list[torch.Tensor]) -> torch.Tensor:
     """Makes one locally aware feature vector per patch of the finest layer's grid (section 3.1).
-
-    The outputs are (B, C, h, w) per layer, the finest first. Returns (B, h, w, C), where C is
-    summed over the layers.
-    """
+    The outputs are (B, C, h, w) per layer, the finest first. Returns (B, h, w, C), C summed over
+    the layers."""
     finest = outputs[0].shape[2:]
     parts = []
     for output in outputs:
@@ -117,10 +109,10 @@ def fit(
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
     picks, _, _ = cover
     bank = rows[picks.to(rows.device)].cpu()  # M_C
-    small = small_images(images, room=max(10 * 2**20, bank.nbytes // 5))
-    state = dict(
-        bank=bank, origin=picks.cpu(), thumbnails=small, layers=layers, neighbors=neighbors
-    )
+    side = int((max(ROOM, bank.nbytes / 5) / (3 * len(images))) ** 0.5)
+    small = common.thumbnails(images, min(side, images.shape[2])).round().byte()
+    state = {"bank": bank, "origin": picks.cpu(), "thumbnails": small}
+    state |= {"layers": layers, "neighbors": neighbors}
 
     count = max(CALIBRATION, common.scores_needed(false_alarm_rate))
     calibration = common.shuffled(len(images), seed)[:count].sort().values
@@ -138,9 +130,8 @@ def describe(outputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
 
 
 def project(features: torch.Tensor, seed: int) -> torch.Tensor:
-    """Applies psi: (..., C) to (..., 128). It serves the coreset's distances alone, and the bank
-    keeps all C columns. 128 random directions keep squared distances, typically to 12 % (Johnson
-    and Lindenstrauss)."""
+    """Applies psi: (..., C) to (..., 128), for the coreset's distances alone. 128 random directions
+    keep squared distances, typically to 12 % (Johnson and Lindenstrauss)."""
     if features.shape[-1] <= 128:
         return features
     return features @ random_directions(features.shape[-1], seed).to(features)
@@ -168,10 +159,8 @@ class Scored(NamedTuple):
 
 @common.exact()
 def score_patches(features: torch.Tensor, bank: common.MemoryBank, b: int) -> Scored:
-    """Finds how anomalous each image is, and each of its patches (section 3.3).
-
-    The features are (B, h, w, C), and b is that of equation 7, at most the rows of the bank.
-    """
+    """Finds how anomalous each image is, and each of its patches (section 3.3). The features are
+    (B, h, w, C), and b is that of equation 7, at most the rows of the bank."""
     patches = features.flatten(1, 2)  # (B, h * w, C)
     # differs from the paper: distances: its code takes FAISS's squared ones.
     to_nearest, indices = bank.nearest(patches.flatten(0, 1))  # (B * h * w, 1)
@@ -234,43 +223,40 @@ def leave_one_out(images, features, projected, cover, calibration, state) -> com
 
     So other images' patches refill the hole, until none of them is farther from the bank than the
     farthest patch of all is from the whole coreset. That is a bank which greedy might have picked
-    without the image. No theorem says that a new image scores alike: the README has what was
-    measured.
+    without the image. No theorem says that a new image scores alike: the README has measurements.
 
-    The features are (N, h, w, C), `projected` is (N * h * w, 128), and the cover is what
-    `greedy_coreset` returns. Returns the result of the images that `calibration`, (n,), numbers.
+    The features are (N, h, w, C), `projected` is (N * h * w, 128), and the cover is that of
+    `greedy_coreset`. Returns the result of the images that `calibration`, (n,), numbers.
     """
     picks, assignment, to_pick = cover
     rows = features.flatten(0, 2)
     patches = features.shape[1] * features.shape[2]  # of an image
     owner = torch.arange(len(rows), device=projected.device) // patches  # (N * h * w,) the image
     pick_owner = owner[picks]  # (size,)
-    own_picks = torch.bincount(pick_owner, minlength=len(features)).tolist()  # of each image
     coreset = common.MemoryBank(projected[picks])
     origins = [picks]
     serves = [torch.full_like(picks, -1)]  # -1: the coreset serves all images
-    served_by = []  # how many rows serve each image
     for image in calibration.tolist():
         in_hole = (pick_owner[assignment] == image) & (owner != image)
         hole = in_hole.nonzero()[:, 0]
         vectors = projected[hole]  # (n, 128)
         distances = torch.full_like(vectors[:, 0], torch.inf)
-        if own_picks[image] < len(picks):  # else the bank is empty without the image
-            distances = coreset.only(pick_owner != image).nearest(vectors)[0][:, 0]
+        others = pick_owner != image
+        if others.any():  # else the bank is empty without the image
+            distances = coreset.only(others).nearest(vectors)[0][:, 0]
         added = hole[refill(vectors, distances, to_pick.max())]
         origins.append(added)
         serves.append(torch.full_like(added, image))
-        served_by.append(len(picks) - own_picks[image] + len(added))
     # One bank holds the coreset and all refills; each image is judged by the rows that serve it.
     origin = torch.cat(origins)  # of which row of M each row is
     served = torch.cat(serves)
     bank = common.MemoryBank(rows[origin.to(rows.device)].to(projected.device))
     batches = []
-    judged = zip(calibration.tolist(), served_by, strict=True)
-    for image, count in common.progress(list(judged), "fit: judge images as if new"):
+    for image in common.progress(calibration.tolist(), "fit: judge images as if new"):
         keep = (owner[origin] != image) & ((served == -1) | (served == image))
         new = features[image : image + 1].to(projected.device)
-        batches.append(score_patches(new, bank.only(keep), min(state["neighbors"], count)))
+        b = min(state["neighbors"], int(keep.sum()))
+        batches.append(score_patches(new, bank.only(keep), b))
     return result_of(images[calibration], batches, origin.cpu(), state)
 
 
@@ -287,12 +273,6 @@ def refill(vectors, distances, radius) -> list[int]:
 
 
 # ------------------------------------------------------------------ what is ours: pictures
-
-
-def small_images(images: torch.Tensor, room: int) -> torch.Tensor:
-    """Shrinks the normal images to (N, 3, side, side) uint8, so that they fit into `room` bytes."""
-    side = int((room / (3 * len(images))) ** 0.5)
-    return common.thumbnails(images, min(side, images.shape[2])).round().byte()
 
 
 def compare(scored: Scored, origin, state: dict, i: int, image: torch.Tensor) -> list[common.Cell]:
@@ -325,10 +305,8 @@ def around(image: torch.Tensor, cell: torch.Tensor, grid, window: int) -> torch.
 
 def draw_coreset(cloud, picks, count: int):
     """Draws coreset.png: patch features in the plane of their two principal axes, and the picks.
-
-    The cloud, (20000, 128), is a sample of the projected features, and the axes are those of its
-    first 5,000. The picks are (size, 128), in the order picked. `count` is that of all features.
-    """
+    The cloud, (20000, 128), is a sample of all `count` projected features, and the picks, (size,
+    128), stand in the order picked."""
     plane = PCA(2, svd_solver="covariance_eigh").fit(cloud[:5000])
     cloud_x, cloud_y = plane.transform(cloud).T
     x, y = plane.transform(picks).T

@@ -1344,33 +1344,20 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
 
 def image_auroc(scores, labels) -> float | None:
     """Returns the area under the ROC curve over images: how often a defective image scores above
-    a normal one.
-
-    Scores and labels are (N,). The labels are of two kinds, of which the larger one is a defect:
-    False and True, 0 and 1, -1 and 1. Returns None if one of them is missing. Raises ValueError for
-    more kinds, and for NaN.
-    """
-    kinds = np.unique(labels)
-    if len(kinds) > 2:
-        raise ValueError(f"labels: expected two kinds, got {len(kinds)}")
-    if len(kinds) < 2:
+    a normal one. Scores and labels are (N,), and the larger of the two labels is a defect. Returns
+    None if there is but one label. Raises ValueError for more than two, and for NaN."""
+    if len(np.unique(labels)) < 2:
         return None
-    return float(roc_auc_score(np.asarray(labels) == kinds[1], scores))
+    return float(roc_auc_score(np.asarray(labels), np.asarray(scores)))
 
 
 def pixel_auroc(maps, masks) -> float | None:
     """Returns the area under the ROC curve over all pixels: how often a defective pixel is above a
-    normal one.
-
-    Maps and masks are those of `au_pro`. Returns None if either kind of pixel is missing. The
-    result is that of scikit-learn's roc_auc_score, but only the normal pixels are sorted.
-    """
-    maps, regions = maps_and_regions(maps, masks)
-    normal = maps[regions == 0]
-    defective = maps[regions > 0]
-    if len(normal) == 0 or len(defective) == 0:
+    normal one. Maps, masks, None and errors are those of `au_pro`. The result is scikit-learn's,
+    but only the normal pixels are sorted."""
+    _, before, after = false_positive_rates(maps, masks)
+    if len(before) == 0:
         return None
-    before, after = false_positive_rates(normal, defective)
     return float(1 - (before + after).mean() / 2)  # equal ones count half
 
 
@@ -1394,23 +1381,20 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     """
     if not 0 < max_fpr <= 1:
         raise ValueError(f"max_fpr is {max_fpr}: expected more than 0 and at most 1")
-    maps, regions = maps_and_regions(maps, masks)
-    normal = maps[regions == 0]
-    defective = maps[regions > 0]
-    if len(normal) == 0 or len(defective) == 0:
+    numbers, before, after = false_positive_rates(maps, masks)
+    if len(numbers) == 0:
         return None
-    _, region = np.unique(regions[regions > 0], return_inverse=True)  # of each defective pixel
-    weights = 1 / np.bincount(region)[region]  # its share of its region
-    before, after = false_positive_rates(normal, defective)
+    _, region, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
     # Between the two the curve rises as a slope, as far as it lies left of max_fpr.
     width = np.maximum(after - before, 1e-300)
     inside = np.clip(max_fpr - before, 0, width)
     areas = inside**2 / (2 * width) + np.maximum(max_fpr - after, 0)
-    return float(np.average(areas, weights=weights) / max_fpr)
+    return float(np.average(areas, weights=1 / sizes[region]) / max_fpr)
 
 
-def maps_and_regions(maps, masks) -> tuple[np.ndarray, np.ndarray]:
-    """Returns maps and the numbers of their defect regions, both (N, H, W); see `au_pro`."""
+def false_positive_rates(maps, masks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns for each defective pixel the number of its region, the share of normal pixels above
+    it, and the share of those above or equal. They are empty if no pixel is normal."""
     maps, masks = map(np.asarray, (maps, masks))
     maps, masks = (part.reshape(-1, *part.shape[-2:]) for part in (maps, masks))
     if masks.dtype.kind not in "bui" or maps.shape != masks.shape or np.isnan(maps).any():
@@ -1420,20 +1404,16 @@ def maps_and_regions(maps, masks) -> tuple[np.ndarray, np.ndarray]:
         )
     marked = masks > 0
     seen = np.concatenate([np.unique(mask[mask > 0]) for mask in masks])
-    if masks.dtype == bool or len(np.unique(seen)) < len(seen) or len(seen) == 1:
+    if len(np.unique(seen)) < len(seen) or len(seen) == 1:
         within_images = TOUCHING * [[[0]], [[1]], [[0]]]
         found, _ = ndimage.label(marked, within_images)
         masks = np.where(marked, found, masks)
-    return maps, masks
-
-
-def false_positive_rates(normal: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for each value the share of the normal ones above it, and the share of those above or
-    equal."""
-    ordered = np.sort(normal)
-    before = 1 - np.searchsorted(ordered, values, "right") / len(ordered)
-    after = 1 - np.searchsorted(ordered, values, "left") / len(ordered)
-    return before, after
+    normal = np.sort(maps[masks == 0])
+    marked &= len(normal) > 0
+    values = maps[marked]
+    before = 1 - np.searchsorted(normal, values, "right") / len(normal)
+    after = 1 - np.searchsorted(normal, values, "left") / len(normal)
+    return masks[marked], before, after
 
 
 def conformal_quantile(calibration_scores, false_alarm_rate: float) -> float:
@@ -1445,32 +1425,28 @@ def conformal_quantile(calibration_scores, false_alarm_rate: float) -> float:
     conformal prediction, Lei et al. 2018, section 2.2). If there are too few scores for that rank,
     the largest has to do.
     """
-    check_rate(false_alarm_rate)
-    count = len(calibration_scores)
-    rank = math.ceil(round((count + 1) * (1 - false_alarm_rate), 6))
-    return float(np.sort(calibration_scores)[min(rank, count) - 1])
-
-
-def check_rate(false_alarm_rate: float) -> None:
-    if not 0 < false_alarm_rate < 1:
-        raise ValueError(f"false_alarm_rate is {false_alarm_rate}: expected between 0 and 1")
+    ordered = np.sort(calibration_scores)
+    if len(ordered) < scores_needed(false_alarm_rate):
+        return float(ordered[-1])
+    rank = math.ceil(round((len(ordered) + 1) * (1 - false_alarm_rate), 6))
+    return float(ordered[rank - 1])
 
 
 def scores_needed(false_alarm_rate: float) -> int:
-    """Returns how many normal scores `conformal_quantile` needs to keep the rate: 19 for 0.05."""
-    check_rate(false_alarm_rate)
+    """Returns how many normal scores `conformal_quantile` needs to keep the rate: 19 for 0.05.
+    Raises ValueError unless the rate is between 0 and 1."""
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"false_alarm_rate is {false_alarm_rate}: expected between 0 and 1")
     return math.ceil(round(1 / false_alarm_rate, 6)) - 1
 
 
 def hold_out(count: int, seed: int, false_alarm_rate=0.05) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws from `seed` which images to train on and which to hold out for the threshold, as
-    indices. It holds out a fifth, or as many as the rate needs (19 for 0.05) if those are at most a
-    third."""
+    indices. It holds out a fifth, or as many as the rate needs if those are at most a third."""
     order = shuffled(count, seed)
-    size = max(1, round(count / 5))
+    fifth = max(1, round(count / 5))
     needed = scores_needed(false_alarm_rate)
-    if size < needed <= count // 3:
-        size = needed
+    size = needed if fifth < needed <= count // 3 else fifth
     return order[size:].sort().values, order[:size].sort().values
 
 
@@ -1484,7 +1460,7 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
 # What a method's `fit` returns becomes a model, which is saved, loaded, and judges photos. Read
 # `Fitted` first, then `make_model`. `load_judge` is for Python.
 
-FORMAT = "visual anomaly detection, format 8"
+FORMAT = "visual anomaly detection, format 9"
 
 
 class Cell(NamedTuple):
@@ -1512,31 +1488,16 @@ class Fitted(NamedTuple):
     figures: dict  # functions that draw a matplotlib figure, by the name of its file
 
 
-class Run(NamedTuple):
-    """Holds all that tables and pictures need to know of a run."""
-
-    options: argparse.Namespace
-    model: dict  # see `make_model`
-    threshold: float  # of the scores
-    map_range: tuple | None  # (low, threshold, high) of the maps and their colors
-    title: str  # the method, the data and the weights, which every picture names
-
-    def verdict(self, score) -> str:
-        return "defect" if score > self.threshold else "normal"
-
-
-def make_model(method, settings: dict, backbone, fitted: Fitted, paths, seconds: float) -> dict:
-    """Returns a fitted method as one dict. It holds all that it takes to judge photos, but for the
-    backbone."""
+def make_model(settings: dict, backbone, fitted: Fitted, paths, seconds: float) -> dict:
+    """Returns all that it takes to judge photos, but for the backbone. It can be saved."""
     maps = fitted.result.maps
     return {
         "format": FORMAT,
-        "method": method,
         "settings": settings,
         "weights": backbone.label,
         "fingerprint": backbone.fingerprint,
         "state": fitted.state,
-        "names": [short_name(path) for path in paths],
+        "names": list(map(short_name, paths)),
         "scores": fitted.result.scores,
         "peaks": None if maps is None else maps.amax((1, 2)),
         "median": None if maps is None else float(maps.median()),
@@ -1544,19 +1505,12 @@ def make_model(method, settings: dict, backbone, fitted: Fitted, paths, seconds:
     }
 
 
-def save_model(model: dict, path: Path) -> None:
-    with atomic(path) as unfinished, open(unfinished, "wb") as file:
-        torch.save(model, file)
-    note(f"saved {path}")
-
-
-def load_model(path: Path, method: str | None = None) -> dict:
-    """Reads a dict of `make_model` from its file. Raises UserError for another file or method."""
+def load_model(path: Path) -> dict:
+    """Reads a dict of `make_model` from its file. Raises UserError for any other file."""
     model = load_torch_file("--load", path, "a file by --save")
-    kind = f"{model.get('format')}, {model.get('method')}"
-    expected = f"{FORMAT}, {method or model.get('method')}"
-    if kind != expected:
-        raise UserError(f"--load {path}: is {kind}, expected {expected}: fit again")
+    found = model.get("format")
+    if found != FORMAT:
+        raise UserError(f"--load {path}: is {found}, expected {FORMAT}: fit again")
     return model
 
 
@@ -1580,12 +1534,12 @@ def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
             f" expect a false alarm in about {count + 1}; fit again with this rate and, if need "
             "be, more photos in train/good"
         )
-    map_range = None
-    if model["peaks"] is not None:
-        low = model["median"]
-        middle = conformal_quantile(model["peaks"], rate)
-        map_range = low, middle, 2 * middle - low
-    return conformal_quantile(model["scores"], rate), map_range
+    threshold = conformal_quantile(model["scores"], rate)
+    if model["peaks"] is None:
+        return threshold, None
+    low = model["median"]
+    middle = conformal_quantile(model["peaks"], rate)
+    return threshold, (low, middle, 2 * middle - low)
 
 
 def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=None):
@@ -1622,11 +1576,36 @@ def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=None
 # --predict come out. Read `cells_of` first, what is shown of an image, then `report` and `predict`.
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
+TILES = ".tiles.pt"  # what methods.png shows of a run
 UNLIKE_TRAINING = (
     "train/good lacks what they show (does it hold copies of one part, or another light or file "
     "format?): add normal photos that are taken like these"
 )
 font = cache(ImageFont.load_default)
+
+
+class Run(NamedTuple):
+    """Holds all that tables and pictures need to know of a run."""
+
+    options: argparse.Namespace
+    model: dict  # see `make_model`
+    threshold: float  # of the scores
+    map_range: tuple | None  # (low, threshold, high) of the maps and their colors
+    title: str  # whose results these are, and how to read scores and maps
+
+    def verdict(self, score) -> str:
+        return "defect" if score > self.threshold else "normal"
+
+
+def make_run(options, model: dict) -> Run:
+    """Puts together what a run shows of a model, by its thresholds for the rate that is asked."""
+    threshold, map_range = thresholds(model, options.false_alarm_rate)
+    source = (options.data or options.load).resolve().name
+    title = f"{options.method} on {source}, {model['weights']}\ndefect above {threshold:.3g}"
+    if map_range:
+        levels = "; maps: black to {:.3g}, outlined above {:.3g}, light from {:.3g}"
+        title += levels.format(*map_range)
+    return Run(options, model, threshold, map_range, title)
 
 
 def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -> list[Cell]:
@@ -1635,8 +1614,7 @@ def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -
     score = result.scores[i]
     cells = [Cell(f"{name}\n{score:.4g} {run.verdict(score)}", image)]
     if result.maps is not None:
-        heat = heat_map(run, image, result.maps[i], score)
-        cells.append(Cell("anomaly map", heat))
+        cells.append(Cell("anomaly map", heat_map(run, image, result.maps[i], score)))
     for cell in result.cells(i, image):
         photo = "" if cell.photo is None else run.model["names"][cell.photo]
         cells.append(Cell(f"{cell.caption}\n{photo}", cell.tile))
@@ -1649,9 +1627,9 @@ def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) ->
     values = anomaly_map.numpy()
     low, threshold, high = run.map_range
     share = Normalize(low, high, clip=True)(values).data  # (S, S), from 0 to 1
-    color = 255 * matplotlib.colormaps["inferno"](share)[:, :, :3]  # (S, S, 3)
-    gray = image.float().mean(dim=0)[:, :, None].numpy()  # (S, S, 1)
-    opacity = 0.25 + 0.5 * share[:, :, None]
+    color = 255 * matplotlib.colormaps["inferno"](share)[..., :3]  # (S, S, 3)
+    gray = image.float().mean(dim=0)[..., None].numpy()  # (S, S, 1)
+    opacity = 0.25 + 0.5 * share[..., None]
     mixed = gray + opacity * (color - gray)
     if run.verdict(score) == "defect":
         mixed[outline(values > min(threshold, 0.9 * values.max()))] = 255
@@ -1672,8 +1650,7 @@ def ground_truth(test: Split, i: int) -> Cell:
 
 
 def short_name(path: Path) -> str:
-    """Returns a photo's name in pictures, which is that of its folder and its own, the last 28
-    letters of it."""
+    """Returns a photo's name in pictures, the last 28 letters of its folder's and its own."""
     return drawable(f"{path.parent.name}/{path.name}")[-28:]
 
 
@@ -1682,51 +1659,40 @@ def drawable(name: str) -> str:
     return name.encode("latin-1", "backslashreplace").decode("latin-1")
 
 
-def save_picture(path: Path, title: str, rows: list[list[Cell]]) -> None:
-    """Draws rows of cells under a title of two lines. All tiles are as large as the first one's
-    pixels allow."""
-    heading = drawable(title)
+def save_picture(run: Run, name, first_line: str, rows: list[list[Cell]]) -> None:
+    """Draws rows of cells, all as large as the first one's pixels allow, under the run's title."""
+    heading = drawable(f"{first_line}\n{run.title}")
     side = min(max(rows[0][0].tile.shape[1], 224), 448)
     step = side + 6
-    measured = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((6, 6), heading, font(14))
-    width = max(step * max(map(len, rows)), measured[2] + 6)
-    picture = Image.new("RGB", (int(width), 48 + step * len(rows)), "white")
+    width = max(step * max(map(len, rows)), 12 + max(map(font(14).getlength, heading.split("\n"))))
+    picture = Image.new("RGB", (int(width), 64 + step * len(rows)), "white")
     write = partial(ImageDraw.Draw(picture).multiline_text, font=font(14))
-    write((6, 6), heading, fill="black")
+    write((6, 4), heading, fill="black")
     for row, cells in enumerate(rows):
-        top = 48 + step * row
+        top = 64 + step * row
         for column, cell in enumerate(cells):
             left = step * column
             tile = image_transforms.to_pil_image(cell.tile)
             picture.paste(tile.resize((side, side)), (left, top))
             caption = drawable(cell.caption)
             write((left + 5, top + 3), caption, stroke_width=2, stroke_fill="black")
-    with atomic(path) as unfinished:
+    with atomic(run.options.out / name) as unfinished:
         picture.save(unfinished, "PNG", compress_level=1)  # the default takes four times as long
 
 
-def save_ranked(run: Run, path: Path, first_line: str, rows: list[list[Cell]]) -> None:
-    """Draws rows of cells under a title that says how to read scores and maps, and whose they
-    are."""
-    title = f"{first_line}; defect above {run.threshold:.3g}"
-    if run.map_range:
-        low, middle, high = run.map_range
-        title += f"; maps: black to {low:.3g}, outlined above {middle:.3g}, light from {high:.3g}"
-    save_picture(run.options.out / path, f"{title}\n{run.title}", rows)
-
-
 def save_figure(run: Run, figure: Figure, name: str) -> None:
-    figure.suptitle(drawable(run.title), fontsize=11, parse_math=False)  # dollars start no formula
+    figure.suptitle(drawable(run.title), fontsize=9, parse_math=False)  # dollars are no formula
     with atomic(run.options.out / name) as unfinished:
         figure.savefig(unfinished, format="png", dpi=110, facecolor="white")
 
 
-def draw_losses(losses) -> Figure:
-    """Draws loss.png: the training loss, step by step."""
-    axis = Figure(figsize=(6, 3.5), layout="constrained").subplots()
-    axis.semilogy(losses, color="black", linewidth=0.7)
-    axis.set(xlabel="step", ylabel="training loss (MSE)")
-    return axis.figure
+def note_loss(step: int, steps: int, loss: torch.Tensor) -> None:
+    """Prints a training loss halfway and at the end: whether training has settled. Raises UserError
+    for one that is not finite."""
+    if not loss.isfinite():
+        raise UserError("--learning-rate: training diverges: lower it")
+    if step in (steps // 2, steps - 1):
+        note(f"training loss in step {step + 1}: {loss:.3g}")
 
 
 def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> Figure:
@@ -1736,7 +1702,6 @@ def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> Figure:
     axis.hist([scores[~labels], scores[labels]], bins=20, **kinds)
     axis.axvline(run.threshold, color="black", linestyle="--", label="threshold")
     axis.set(xlabel="anomaly score", ylabel="test images")
-    axis.ticklabel_format(axis="x", scilimits=(-3, 4))  # no row of zeros before small scores
     axis.legend()
     return axis.figure
 
@@ -1749,7 +1714,7 @@ def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
         photo = int(fitted.calibration[i])
         name = run.model["names"][photo]
         rows.append(cells_of(run, fitted.result, i, train.images[photo], name))
-    save_ranked(run, "normal.png", "normal photos, each judged without itself", rows)
+    save_picture(run, "normal.png", "normal photos, each judged without itself", rows)
     for name, draw in fitted.figures.items():
         save_figure(run, draw(), name)
     count = len(scores)
@@ -1764,12 +1729,14 @@ def report(run: Run, test: Split, detect) -> None:
     seconds = time.perf_counter() - start
     metrics = evaluate(run, test, result)
     metrics["ms_per_image"] = 1000 * seconds / len(test.paths)
-    write_scores(run, test, result)
     with atomic(run.options.out / "metrics.json") as unfinished:
         unfinished.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
+    write_scores(run, test, result)
     save_figure(run, draw_scores(run, test.labels, np.asarray(result.scores)), "scores.png")
     draw_examples(run, test, result)
-    show_tables(run, metrics, draw_methods(run, test, result, metrics))
+    runs = draw_methods(run, test, result, metrics)
+    with redirect_stdout(sys.stderr if run.options.predict else sys.stdout):
+        show_tables(run, metrics, runs)
     note_false_alarms(run, metrics)
 
 
@@ -1778,17 +1745,16 @@ def evaluate(run: Run, test: Split, result: Result) -> dict:
     options = run.options
     reported = np.asarray(result.scores) > run.threshold
     defects = sorted(set(test.kinds) - {"good"})
-    data = options.data.resolve()
-    seen = [*map(str, test.paths), str(data), options.resize, options.crop, options.bits]
+    data = str(options.data.resolve())
+    seen = [test.paths.tolist(), data, options.resize, options.crop, options.bits]
     return {
         "method": options.method,
-        "data": str(data),
+        "data": data,
         "test_set": hashlib.sha256(repr(seen).encode()).hexdigest()[:16],  # equal: comparable
         "weights": run.model["weights"],
         **metrics_of(defects, test, result, reported),
         "per_defect": {kind: metrics_of([kind], test, result, reported) for kind in defects},
         "threshold": run.threshold,
-        "false_alarm_rate": options.false_alarm_rate,
         "false_alarms": int(reported[~test.labels].sum()),
         "normal_images": int((~test.labels).sum()),
         "fit_seconds": run.model["fit_seconds"],
@@ -1814,12 +1780,10 @@ def metrics_of(kinds: list[str], test: Split, result: Result, reported: np.ndarr
 
 
 def write_scores(run: Run, test: Split, result: Result) -> None:
-    """Writes scores.csv, which has a line for each test image."""
-    # Names are written as they are, in whatever encoding.
-    with (
-        atomic(run.options.out / "scores.csv") as unfinished,
-        open(unfinished, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
+    """Writes scores.csv, which has a line for each test image. Names keep their encoding."""
+    encoding = dict(encoding="utf-8", errors="surrogateescape", newline="")
+    path = run.options.out / "scores.csv"
+    with atomic(path) as unfinished, open(unfinished, "w", **encoding) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "score", "predicted"])
         for photo, is_defect, score in zip(test.paths, test.labels, result.scores, strict=True):
@@ -1839,92 +1803,83 @@ def draw_examples(run: Run, test: Split, result: Result) -> None:
             shown.insert(1, ground_truth(test, i))
             cells += shown
         rows.append(cells)
-    save_ranked(run, "examples.png", "highest and lowest score by type", rows)
+    save_picture(run, "examples.png", "highest and lowest score by type", rows)
 
 
 def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[dict]:
-    """Draws methods.png: the first image of each kind, as each method's last run in --out shows it,
-    if that was on the same test set and with the same weights or none. Returns those runs' metrics.
-    """
-    folder = run.options.out.parent
+    """Draws methods.png: the first image of each type, as each method's last run in --out shows it,
+    if that was on the same test set. Returns those runs' metrics."""
     truth, tiles = [], []
     for kind in dict.fromkeys(test.kinds):
         i = int((test.kinds == kind).argmax())
         shown = cells_of(run, result, i, test.images[i], "")
         tiles.append(shown[1].tile)  # the map, or the nearest normal image
         truth.append(Cell(kind, ground_truth(test, i).tile))
-    with atomic(run.options.out / ".tiles.npy") as unfinished, open(unfinished, "wb") as file:
-        np.save(file, tiles)
+    with atomic(run.options.out / TILES) as unfinished:
+        torch.save(tiles, unfinished)
     rows = [truth]
     runs = []
-    for path in sorted(folder.glob("*/metrics.json")):
-        # The file may be another program's.
-        with suppress(OSError, EOFError, ValueError, KeyError, TypeError):
-            other = json.loads(path.read_text())
-            weights = {NO_WEIGHTS, other["weights"], metrics["weights"]}
-            if other["test_set"] == metrics["test_set"] and len(weights) <= 2:
-                own_tiles = torch.from_numpy(np.load(path.with_name(".tiles.npy")))
-                rows.append([Cell(other["method"], tile) for tile in own_tiles])
+    for path in sorted(run.options.out.parent.glob(f"*/{TILES}")):
+        with suppress(Exception):  # who knows what they hold
+            other = json.loads(path.with_name("metrics.json").read_text())
+            if other["test_set"] == metrics["test_set"]:
+                rows.append([Cell(other["method"], tile) for tile in torch.load(path)])
                 runs.append(other)
-    data = run.options.data.resolve().name
-    title = f"all methods so far on {data}\nthe first image of each type; {metrics['weights']}"
-    save_picture(folder / "methods.png", title, rows)
+    title = "; ".join(map("{method}: {weights}".format_map, runs))
+    first_line = f"the first image of each type in {run.options.data.resolve().name}"
+    save_picture(run._replace(title=title), "../methods.png", first_line, rows)
     return runs
 
 
 def show_tables(run: Run, metrics: dict, runs: list[dict]) -> None:
-    """Prints this run by defect type, then all methods run so far on the same data and weights."""
-    options = run.options
-    say = partial(print, file=sys.stderr if options.predict else sys.stdout)
-    say(f"\n{options.method} on {options.data}, {metrics['weights']}")
-    say(table_row("defect type", METRICS, METRICS, "reported"))
-    for kind, of_kind in (metrics["per_defect"] | {"all": metrics}).items():
+    """Prints this run by defect type, then all methods run so far on the same test set."""
+    print(f"\n{run.options.method} on {run.options.data}, {metrics['weights']}")
+    print_row("defect type", METRICS.values(), "reported")
+    good = {"reported": metrics["false_alarms"], "images": metrics["normal_images"]}
+    for kind, of_kind in (metrics["per_defect"] | {"all": metrics, "good": good}).items():
         reported = f"{of_kind['reported']} of {of_kind['images']}"
-        say(table_row(kind, METRICS, of_kind, reported))
-    say(table_row("good", METRICS, {}, f"{metrics['false_alarms']} of {metrics['normal_images']}"))
+        print_row(kind, map(of_kind.get, METRICS), reported)
     if metrics["image_auroc"] is None:
         note("image AUROC is null: it takes photos in test/good and in another folder of test")
-    say(f"\nall methods so far on {options.data}")
+    print(f"\nall methods so far on {run.options.data}")
     columns = METRICS | {"fit_seconds": "fit s", "ms_per_image": "ms/image"}
-    say(table_row("method", columns, columns, "weights"))
+    print_row("method", columns.values(), "weights")
     for other in runs:
-        say(table_row(other["method"], columns, other, other["weights"]))
-    say(f"\nfiles in {options.out}")
+        print_row(other["method"], map(other.get, columns), other["weights"])
+    print(f"\nfiles in {run.options.out}")
 
 
-def table_row(first: str, columns, values: dict, last: str) -> str:
-    """Returns a line of a table: its first cell, the values of its columns, and its last cell."""
+def print_row(first: str, values, last: str) -> None:
+    """Prints a line of a table: its first cell, numbers or titles of columns, and its last cell."""
     row = f"{first:16}"
-    for name in columns:
-        value = values.get(name)
+    for value in values:
         row += f" {value:12.3f}" if isinstance(value, float) else f" {value or '-':>12}"
-    return f"{row}  {last}"
+    print(f"{row}  {last}")
 
 
 def note_false_alarms(run: Run, metrics: dict) -> None:
     """Says it if more normal test images are above the threshold than chance explains.
 
-    No look at train/good can tell that it lacks what new photos show, but this count can. The
-    number of false alarms is binomial. The line comes if chance would bring so many of them in less
-    than one run of a thousand.
+    No look at train/good can tell that it lacks what new photos show, but this count can. It is
+    binomial, and the line comes if chance would bring so many in less than one run of a thousand.
     """
     rate = max(run.options.false_alarm_rate, 1 / (len(run.model["scores"]) + 1))
     alarms = metrics["false_alarms"]
     count = metrics["normal_images"]
     if stats.binom.sf(alarms - 1, count, rate) < 0.001:
-        of_all = f"{alarms} of {count} normal test images"
-        note(f"{of_all} are above the threshold, far more than {rate:.0%}: {UNLIKE_TRAINING}")
+        above = f"{alarms} of {count} normal test images are above the threshold"
+        note(f"{above}, far more than {rate:.0%}: {UNLIKE_TRAINING}")
 
 
-def predict(run: Run, files: list[Path], detect, errors: list) -> None:
-    """Judges photos: writes a CSV to stdout, and draws pictures in --out. `errors` gains a
-    UserError for each photo that cannot be read, and for each picture that cannot be written."""
+def predict(run: Run, files: list[Path], detect, refuse: Callable) -> None:
+    """Judges photos: writes a CSV to stdout, and draws pictures in --out. A UserError is passed to
+    `refuse` for each photo that cannot be read, and for each picture that cannot be written."""
     options = run.options
-    refuse = partial(note_error, errors)
-    for path in files:
-        remove(options.out / picture_path(path))
-    verdicts = []
-    highest = []  # (score, cells)
+    for name in ["predictions.png", *map(picture_path, files)]:  # an earlier run's
+        with suppress(OSError):
+            Path(options.out, name).unlink()
+    judged = defects = 0
+    highest = []  # up to 10 of (score, cells)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "score", "predicted", "x", "y"])
     photos = load_photos(files, options.resize, options.crop, options.bits, refuse)
@@ -1933,48 +1888,34 @@ def predict(run: Run, files: list[Path], detect, errors: list) -> None:
         for i, (path, size, image, _) in enumerate(batch):
             score = float(result.scores[i])
             verdict = run.verdict(score)
-            verdicts.append(verdict)
+            judged += 1
+            defects += verdict == "defect"
             x, y = place_of_peak(options, result, i, size)
             writer.writerow([path, f"{score:.9g}", verdict, x, y])
             sys.stdout.flush()
-            if options.pictures in ("all", f"{verdict}s"):
-                cells = cells_of(run, result, i, image, short_name(path))
-                highest.append((score, cells))
-                highest.sort(key=lambda pair: -pair[0])
-                del highest[10:]
-                try:
-                    save_ranked(run, picture_path(path), str(path), [cells])
-                except UserError as error:
-                    refuse(error)
-    judged = len(verdicts)
-    defects = verdicts.count("defect")
-    note(
-        f"judged {judged} images: {defects} above the threshold {run.threshold:.4g}, "
-        f"{len(errors)} errors"
-    )
+            if options.pictures not in ("all", f"{verdict}s"):
+                continue
+            cells = cells_of(run, result, i, image, short_name(path))
+            ranked = sorted([*highest, (score, cells)], key=lambda pair: -pair[0])
+            highest = ranked[:10]
+            try:
+                save_picture(run, picture_path(path), str(path), [cells])
+            except UserError as error:
+                refuse(error)
+    note(f"judged {judged} images: {defects} above the threshold {run.threshold:.4g}")
     if judged >= 10 and defects > judged / 2:
         note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")
     if highest:
-        rows = [cells for _, cells in highest]
-        save_ranked(run, "predictions.png", "the highest scores", rows)
+        save_picture(run, "predictions.png", "the highest scores", [row for _, row in highest])
         note(f"pictures in {options.out / 'predictions'}, the highest in predictions.png")
-    else:
-        remove(options.out / "predictions.png")
-
-
-def remove(picture: Path) -> None:
-    """Removes an earlier run's picture, whose verdict may not hold any more."""
-    with suppress(OSError):
-        picture.unlink()
 
 
 def picture_path(photo: Path) -> Path:
     """Returns where in --out the picture of a photo lies: under the photo's absolute path."""
     absolute = Path(os.path.abspath(photo))
-    drive = absolute.anchor.strip(":\\/")
-    folder = absolute.parent.relative_to(absolute.anchor)
-    name = os.fsdecode(os.fsencode(absolute.name)[-240:])  # a name has 255 bytes at most
-    return Path("predictions", drive, folder, f"{name}.png")
+    drive = absolute.drive.strip(":\\")
+    name = f"{absolute.name[-240:]}.png"  # a name has 255 letters at most
+    return Path("predictions", drive, *absolute.parts[1:-1], name)
 
 
 def place_of_peak(options, result: Result, i: int, size) -> tuple:
@@ -1985,10 +1926,9 @@ def place_of_peak(options, result: Result, i: int, size) -> tuple:
     side = result.maps.shape[-1]
     row, column = divmod(int(result.maps[i].argmax()), side)
     whole = np.array(size)
-    seen = min(size) * options.crop / options.resize if options.crop else whole
-    from_center = (np.array([column, row]) + 0.5) / side - 0.5  # the map's center is the photo's
-    x, y = (whole / 2 + seen * from_center).astype(int)
-    return x, y
+    scale = (whole.min() if options.crop else whole) / options.resize  # a map's pixel in the photo
+    from_center = np.array([column, row]) + 0.5 - side / 2  # the map's center is the photo's
+    return tuple((whole / 2 + scale * from_center).astype(int))
 
 
 # ------------------------------------------------------------------ 9. the command line
@@ -1999,16 +1939,8 @@ EXIT_CODES = """exit codes: 0 done; 1 a photo or folder could not be read, or a 
 2 an error, named in one line on stderr; 130 Ctrl-C; 141 closed pipe"""
 # What is fixed at the fit, beside what the method's `fit` takes by name: --load reads it from the
 # saved file. The weights may lie elsewhere by then, and the rate may change.
-DEFAULTS = {
-    "backbone": "resnet50",
-    "weights": "imagenet",
-    "resize": 256,
-    "crop": 224,
-    "bits": 16,
-    "seed": 0,
-    "false_alarm_rate": 0.05,
-}
-MAY_CHANGE = ("weights", "false_alarm_rate")
+DEFAULTS = {"backbone": "resnet50", "weights": "imagenet", "resize": 256, "crop": 224, "bits": 16}
+DEFAULTS |= {"seed": 0, "false_alarm_rate": 0.05}
 PRACTICE_PILL = Path(__file__).parent / "tests" / "practice_pill"
 
 
@@ -2047,21 +1979,18 @@ def end(code: int, message: str) -> None:
 def main(method: str, description: str, add_options, fit, detector) -> None:
     """Runs a method: reads the options and the data, fits or loads a model, and reports.
 
-    `method` names the folder of the results, and `description` is the script's docstring.
-    `add_options` is explained in `build_parser`. `fit` takes images, a backbone and its options by
-    name, and returns a `Fitted`. `detector` takes a state and a backbone, and returns a function
-    from images (N, 3, S, S) uint8 to a `Result`.
+    `method` names the folder of the results, `description` is the script's docstring, and
+    `build_parser` explains `add_options`. `fit` takes images, a backbone and its options by name,
+    and returns a `Fitted`. `detector` takes a state and a backbone, and returns a function from
+    images (N, 3, S, S) uint8 to a `Result`.
     """
     options, settings, model = read_options(method, description, add_options, fit)
     errors = []  # about single photos
-    files = files_to_judge(options, errors)
+    refuse = partial(note_error, errors)
+    files = files_to_judge(options, refuse)
+    scratch = os.environ.get("TMPDIR", options.out)
     backbone = load_backbone(
-        options.backbone,
-        options.weights,
-        options.seed,
-        options.device,
-        options.batch_size,
-        scratch=os.environ.get("TMPDIR", options.out),
+        options.backbone, options.weights, options.seed, options.device, options.batch_size, scratch
     )
     if model:
         check_weights(model, backbone)
@@ -2070,24 +1999,23 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
 
     fitted = failure = None
     if not model:
-        if options.save:
-            check_room(options, backbone, len(train.paths))
-        else:
+        if not options.save:
             note("the fitted model is not kept: add --save FILE to judge photos with it later")
+        elif "coreset" in options:  # the other methods' models are small
+            check_room(options, backbone, train.images)
         of_fit = {name: settings[name] for name in inspect.unwrap(fit).__kwdefaults__}
         start = time.perf_counter()
         fitted = fit(train.images, backbone, **of_fit)
         seconds = time.perf_counter() - start
-        model = make_model(method, settings, backbone, fitted, train.paths, seconds)
-        if options.save:
-            try:
-                save_model(model, options.save)
-            except UserError as error:  # the report comes all the same
-                failure = error
-    threshold, map_range = thresholds(model, options.false_alarm_rate)
-    source = (options.data or options.load).resolve().name
-    title = f"{method} on {source}, {model['weights']}"
-    run = Run(options, model, threshold, map_range, title)
+        model = make_model(settings, backbone, fitted, train.paths, seconds)
+    if options.save:
+        try:
+            with atomic(options.save) as unfinished, open(unfinished, "wb") as file:
+                torch.save(model, file)
+            note(f"saved {options.save}")
+        except UserError as error:  # the report comes all the same
+            failure = error
+    run = make_run(options, model)
     if fitted:
         draw_fit(run, fitted, train)
         del train  # the images of thousands of photos take gigabytes
@@ -2098,78 +2026,67 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
     elif options.data and not options.save and not options.predict:
         note(f"{options.data}/test holds no image to evaluate on")
     if files:
-        predict(run, files, detect, errors)
+        predict(run, files, detect, refuse)
     if failure:
         raise failure
     if errors:
-        sys.exit(1)
+        end(1, f"{len(errors)} errors: see above")
 
 
-def check_room(options, backbone, photo_count: int) -> None:
+def check_room(options, backbone, images: torch.Tensor) -> None:
     """Stops a run whose memory bank has no room where --save wants it, before the fit."""
-    if "coreset" not in options:
-        return  # the other methods' models are small
-    side = options.crop or options.resize
-    blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-    outputs = next(extract(backbone, options.layers, blank))
+    outputs = next(extract(backbone, options.layers, images[:1]))
     columns = sum(output.shape[1] for output in outputs)
-    patches = photo_count * outputs[0][0, 0].numel()
-    size = 4 * columns * patches * options.coreset
-    free = shutil.disk_usage(options.save.resolve().parent).free
-    if size > free:
-        takes, has = size / 2**30, free / 2**30
+    rows = len(images) * outputs[0][0, 0].numel() * options.coreset
+    takes = 4 * columns * rows / 2**30
+    free = shutil.disk_usage(options.save.resolve().parent).free / 2**30
+    if takes > free:
         raise UserError(
-            f"--save {options.save}: takes {takes:.3g} GiB, and {has:.3g} are free there: choose "
+            f"--save {options.save}: takes {takes:.3g} GiB, and {free:.3g} are free there: choose "
             "another place, or lower --coreset"
         )
 
 
-def read_options(method: str, description: str, add_options, fit, arguments=None):
-    """Reads the command line, and with --load a saved model, whose settings then apply.
-
-    Returns the options, those of them that are fixed at the fit as a dict, and the model or None.
-    Raises UserError for what cannot work, before time is spent.
-    """
-    given = vars(build_parser(description, add_options).parse_args(arguments))
-    data, load, save = given["data"], given["load"], given["save"]
-    if not data and not load:
+def read_options(method: str, description: str, add_options, fit):
+    """Reads the command line, and with --load a saved model, whose settings then apply. Returns the
+    options, those of them that are fixed at the fit as a dict, and the model or None. Raises
+    UserError for what cannot work, before time is spent."""
+    given = vars(build_parser(description, add_options).parse_args()) | {"method": method}
+    load, save = given["load"], given["save"]
+    if not given["data"] and not load:
         if given["predict"]:
             raise UserError("--predict: by which normal images? add --load or --data")
-        given["data"] = data = PRACTICE_PILL
+        given["data"] = PRACTICE_PILL
         given.setdefault("backbone", "efficientnet_lite0")
-    if load and not data and not given["predict"]:
+    if not given["data"] and not given["predict"]:
         raise UserError(f"--load {load}: add --predict PHOTOS or --data DIR to evaluate on")
-    model = load_model(load, method) if load else None
-    settings = dict(model["settings"]) if model else DEFAULTS | inspect.unwrap(fit).__kwdefaults__
-    for name, value in settings.items():
+    model = load_model(load) if load else None
+    fixed = model["settings"] if model else DEFAULTS | inspect.unwrap(fit).__kwdefaults__
+    settings = {"method": method}
+    for name, value in fixed.items():
         own = given.get(name, value)
-        if model and own != value and name not in MAY_CHANGE:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} {own}: {load} was fitted with {value}: fit again")
+        if model and own != value and name not in ("weights", "false_alarm_rate"):
+            raise UserError(f"{name} {own}: {load} was fitted with {value}: fit again")
         settings[name] = own
     if settings["weights"] not in ("imagenet", "random"):
         settings["weights"] = os.path.abspath(settings["weights"])
-    options = argparse.Namespace(**given | settings, method=method)
+    options = argparse.Namespace(**given | settings)
     options.out /= method
 
     if options.crop > options.resize:
         raise UserError(f"--crop {options.crop}: expected at most --resize {options.resize}")
-    if save and save.is_dir():
-        raise UserError(f"--save {save}: is a folder, expected a file")
     if options.device == "auto":
         there = torch.accelerator.is_available()
         options.device = torch.accelerator.current_accelerator().type if there else "cpu"
     with explained(f"--device {options.device}: is not available here", "use --device cpu"):
         torch.zeros(1, device=options.device).item()
-    if not load and not Path(data, "train", "good").is_dir():
-        names = sorted(path.name for path in data.glob("*"))[:8]
-        holds = ", ".join(names) or "nothing"
-        raise UserError(f"--data {data}: expected train/good with photos; it holds {holds}")
-    if data or options.pictures != "none":  # else all that comes out is the CSV on stdout
+    if options.data or options.pictures != "none":  # else all that comes out is the CSV on stdout
         with atomic(options.out / RESULTS_TAG) as unfinished:
             unfinished.write_text("This folder holds results: its pictures are no photos.\n")
     if save:
-        with atomic(save):
+        if save.is_dir():
+            raise UserError(f"--save {save}: is a folder, expected a file")
+        with atomic(save):  # tells whether it could be written
             pass
     return options, settings, model
 
@@ -2178,11 +2095,10 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     """Builds the parser of the options that all four scripts share, and of those that
     `add_options(add)` adds. Options that are fixed at the fit stand in its result only if they are
     given: their defaults are DEFAULTS, and those of `fit`."""
-    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         description=description,
         epilog=EXIT_CODES,
-        formatter_class=form,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         conflict_handler="resolve",
         argument_default=argparse.SUPPRESS,
     )
@@ -2191,11 +2107,10 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
         raise UserError(f"{message.removeprefix('argument ')} (see --help)")
 
     parser.error = refuse
-    group = parser.add_argument_group("about this run")
-    add = group.add_argument
+    add = parser.add_argument
     add("--data", type=path, default=None, help="MVTec layout (default: the practice pill)")
     add("--out", type=path, default=Path("results"), help="default: results")
-    either = group.add_mutually_exclusive_group().add_argument
+    either = parser.add_mutually_exclusive_group().add_argument
     either("--save", type=path, default=None, help="write the fitted model")
     either("--load", type=path, default=None, help="use a saved model instead of fitting")
     photos = "photos to judge: CSV to stdout"
@@ -2207,7 +2122,7 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     alarms = "share of normal images that the threshold may report (0.05, or that of the fit)"
     add("--false-alarm-rate", type=number(float, 1e-6, 0.5), help=alarms)
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
-    add("--weights", type=filled, help="imagenet (default), random or a .pth or .safetensors file")
+    add("--weights", help="imagenet (default), random or a .pth or .safetensors file")
     resnets = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
     names = "any torchvision ResNet (resnet50) or efficientnet_lite0 (default of the practice pill)"
     add("--backbone", choices=[*resnets, "efficientnet_lite0"], metavar="B", help=names)
@@ -2233,25 +2148,20 @@ def number(kind, low, high):
     return convert
 
 
-def filled(text: str) -> str:
-    """Is a type for argparse that refuses an empty text, such as an unset variable leaves."""
+def path(text: str) -> Path:
+    """Is a type for argparse. It refuses an empty text, such as an unset variable leaves."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: expected a path")
-    return text
+    return Path(text)
 
 
-def path(text: str) -> Path:
-    return Path(filled(text))
-
-
-def files_to_judge(options, errors: list) -> list[Path]:
-    """Finds the photos that --predict names, and those in the folders that it names. `errors` gains
-    a UserError for each folder that cannot be listed."""
+def files_to_judge(options, refuse: Callable) -> list[Path]:
+    """Finds the photos that --predict names, and those in folders that it names. A UserError is
+    passed to `refuse` for each folder that cannot be listed."""
     if options.predict and sys.stdout is None:
         raise UserError("stdout: is closed, expected to write a CSV to it")
     files = {}  # its keys: each file stands once
     for path in options.predict:
-        refuse = partial(note_error, errors)
         photos = [path] if path.is_file() else image_files(path, None, refuse)
         if not photos:
             raise UserError(f"--predict {path}: expected a photo or a folder that holds one")

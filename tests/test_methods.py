@@ -4,6 +4,7 @@ import re
 import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import common
 
@@ -254,10 +255,11 @@ def test_compared_are_the_worst_patch_and_the_photo_of_its_nearest_row(scripts, 
             assert difference == 0
 
 
-def test_the_photos_in_a_model_take_little_room(scripts, images):
-    assert scripts["patchcore"].small_images(images, 10**9).equal(images)
-    small = scripts["patchcore"].small_images(images, 8_000)
-    assert 6_000 < small.nbytes <= 8_000
+def test_the_photos_in_a_model_take_little_room(scripts, images, monkeypatch):
+    fit = partial(scripts["patchcore"].fit, images, small_backbone(), coreset=1e-9, neighbors=1)
+    assert fit().state["thumbnails"].equal(images)
+    monkeypatch.setattr(scripts["patchcore"], "ROOM", 8_000)
+    assert 6_000 < fit().state["thumbnails"].nbytes <= 8_000
 
 
 def test_the_autoencoder_trains_on_the_same_batches_whatever_fits_into_memory(scripts, images):
