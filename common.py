@@ -1914,7 +1914,7 @@ def picture_path(photo: Path) -> Path:
     """Returns where in --out the picture of a photo lies: under the photo's absolute path."""
     absolute = Path(os.path.abspath(photo))
     drive = absolute.drive.strip(":\\")
-    name = f"{absolute.name[-240:]}.png"  # a name has 255 letters at most
+    name = os.fsdecode(os.fsencode(absolute.name)[-240:]) + ".png"  # a name has 255 bytes at most
     return Path("predictions", drive, *absolute.parts[1:-1], name)
 
 
@@ -2066,7 +2066,7 @@ def read_options(method: str, description: str, add_options, fit):
     for name, value in fixed.items():
         own = given.get(name, value)
         if model and own != value and name not in ("weights", "false_alarm_rate"):
-            raise UserError(f"{name} {own}: {load} was fitted with {value}: fit again")
+            raise UserError(f"--load {load}: was fitted with {name} {value}, not {own}: fit again")
         settings[name] = own
     if settings["weights"] not in ("imagenet", "random"):
         settings["weights"] = os.path.abspath(settings["weights"])
@@ -2080,6 +2080,8 @@ def read_options(method: str, description: str, add_options, fit):
         options.device = torch.accelerator.current_accelerator().type if there else "cpu"
     with explained(f"--device {options.device}: is not available here", "use --device cpu"):
         torch.zeros(1, device=options.device).item()
+    if not load and not Path(options.data, "train", "good").is_dir():
+        raise UserError(f"--data {options.data}: expected the folder train/good with normal photos")
     if options.data or options.pictures != "none":  # else all that comes out is the CSV on stdout
         with atomic(options.out / RESULTS_TAG) as unfinished:
             unfinished.write_text("This folder holds results: its pictures are no photos.\n")

@@ -458,7 +458,7 @@ def truncated(path):
         (lambda path: torch.save([1], path), "damaged or foreign file"),
         (
             altered(lambda m: m["settings"].update(method="dfr")),
-            "method knn: m.pt was fitted with dfr",
+            "m.pt: was fitted with method dfr, not knn: fit again",
         ),
         (altered(lambda m: m.update(format="older")), "is older, expected visual"),
         (
@@ -479,7 +479,7 @@ def test_a_wrong_model_file_is_refused(run_script, model_file, pill, alter, mess
 def test_options_that_contradict_the_model_are_refused(run_script, model_file, pill):
     code, _, err = run_script("knn", "--load", "m.pt", "--data", pill, "--neighbors", "4")
     assert code == 2
-    assert "neighbors 4: m.pt was fitted with 3" in err
+    assert "m.pt: was fitted with neighbors 3, not 4" in err
     same = ["--seed", "0", "--crop", "64"]  # as fitted: no contradiction
     assert run_script("knn", "--load", "m.pt", "--data", pill, *same)[0] == 0
     assert run_script("knn", "--load", "m.pt", "--save", "n.pt")[0] == 2
@@ -512,9 +512,9 @@ def one_image(folder):
 
 MASK = "ground_truth/crack/000_mask.png"
 BAD_DATA = {
-    "no folder": (shutil.rmtree, "pill/train/good: holds 0 images, expected 2 or more"),
-    "empty folder": (empty, "pill/train/good: holds 0 images, expected 2 or more"),
-    "other layout": (lambda p: (p / "train").rename(p / "training"), "good: holds 0 images"),
+    "no folder": (shutil.rmtree, "pill: expected the folder train/good"),
+    "empty folder": (empty, "pill: expected the folder train/good"),
+    "other layout": (lambda p: (p / "train").rename(p / "training"), "the folder train/good"),
     "no images": (lambda p: empty(p / "train/good"), "train/good: holds 0 images"),
     "one image": (lambda p: one_image(p / "train/good"), "holds 1 images, expected"),
     "truncated": (lambda p: truncated(p / "test/color/000.jpg"), "test/color/000.jpg: cannot"),
@@ -572,7 +572,7 @@ BAD_OPTIONS = {
     "predict without a model": ("knn", ["--predict", "folder"], "by which normal images?"),
     "predict empty": ("knn", ["--predict", "folder"], "--predict folder: expected a photo"),
     "load a folder": ("knn", ["--load", "folder"], "folder: Is a directory: expected a file"),
-    "data is a file": ("knn", ["--data", "file.txt"], "file.txt/train/good: holds 0 images"),
+    "data is a file": ("knn", ["--data", "file.txt"], "file.txt: expected the folder train/good"),
     "empty path": ("knn", ["--predict", ""], "--predict: is empty: expected a path"),
     "empty data": ("knn", ["--data", ""], "--data: is empty: expected a path"),
     "rate that explodes": ("dfr", ["--steps", "40", "--learning-rate", "1e30"], "lower it"),
