@@ -416,10 +416,10 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
 def read_mask(path: Path) -> np.ndarray:
     """Reads which pixels a mask marks, (H, W) bool. May raise UserError.
 
-    In a file without loss, colors and numbers name classes: all but black and 0 mark. Where 8-bit
-    gray reaches 128, and in lossy files, edges may be soft: a pixel marks from half of its own
-    region's maximum on, and a region that does not reach an eighth of the mask's is a trace of
-    compression.
+    In a file without loss, colors and numbers name classes: all but black and 0 mark. Where more
+    than three values of 8-bit gray reach 128, and in lossy files, edges may be soft: a pixel marks
+    from half of its own region's maximum on, and a region that does not reach an eighth of the
+    mask's is a trace of compression.
     """
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
@@ -431,7 +431,7 @@ def read_mask(path: Path) -> np.ndarray:
             if np.ptp(gray) == 0 and np.ptp(alpha) > 0:
                 gray = alpha  # the colors say nothing: the drawing is in the alpha channel
             if image.mode != "P" and np.ptp(colors, axis=0).max() == 0:
-                names_classes &= gray.max() < 128
+                names_classes &= gray.max() < 128 or len(np.unique(gray)) <= 4
         if names_classes:
             return gray > 0
         near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
@@ -2040,7 +2040,7 @@ def check_room(options, backbone, images: torch.Tensor) -> None:
     rows = len(images) * outputs[0][0, 0].numel() * options.coreset
     takes = 4 * columns * rows / 2**30
     free = shutil.disk_usage(options.save.resolve().parent).free / 2**30
-    if takes > free:
+    if takes > free and not options.save.is_char_device():  # as /dev/null is
         raise UserError(
             f"--save {options.save}: takes {takes:.3g} GiB, and {free:.3g} are free there: choose "
             "another place, or lower --coreset"

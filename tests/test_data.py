@@ -399,7 +399,7 @@ def test_lossy_or_resized_masks_that_were_saved_again_keep_their_regions(tmp_pat
     assert (found != expected).mean() < 0.0005
 
 
-@pytest.mark.parametrize("numbers", [(1, 3), (1, 9), (9, 1), (255, 254), range(1, 21)])
+@pytest.mark.parametrize("numbers", [(1, 3), (1, 9), (8, 1), (255, 254), (1, 8, 255), range(1, 21)])
 def test_masks_that_number_classes_lose_no_pixel(tmp_path, numbers):
     """All but 0 mark, so that those that touch are one region; a speck may be the highest."""
     mask = np.zeros((300, 300), np.uint8)
