@@ -108,7 +108,7 @@ def fit(
     torch.manual_seed(seed)
     # differs from the paper: d: it is found from standardized features of 20,000 regions; the
     # paper's code takes the raw features of ten images. That makes 31 here for its 25.
-    d = latent_size(regions[torch.randperm(len(regions))[:20000]])
+    d = latent_size(regions[torch.randperm(len(regions))[:20000]].cpu())
     network = build_autoencoder(regions.shape[1], d).to(backbone.device)
     # The learning rate rises to its highest, then falls to zero: one cycle.
     optimizer = torch.optim.Adam(network.parameters())
@@ -125,7 +125,8 @@ def fit(
         common.note_loss(step, steps, loss)
 
     weights = network.cpu().state_dict()
-    state = {"d": d, "mean": mean, "deviation": deviation, "weights": weights, "layers": layers}
+    state = {"d": d, "mean": mean.cpu(), "deviation": deviation.cpu()}
+    state |= {"weights": weights, "layers": layers}
     # differs from the paper: threshold: it comes from the scores of images that were held out; the
     # paper's code takes it from the pixels of the training images' maps.
     result = detector(state, backbone)(images[calibration])

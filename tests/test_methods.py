@@ -323,20 +323,22 @@ def test_same_seed_same_scores(scripts, method, images):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("method", ["knn", "patchcore"])
+@pytest.mark.parametrize("method", SCRIPTS)
 def test_scores_on_a_gpu_are_those_of_a_processor(scripts, method, images):
-    """Fitted on one and judged on either, and the picks of the coreset."""
-    backbones = [common.load_backbone("resnet18", "random", device=d) for d in ("cpu", "cuda")]
+    """Fitted on one and judged on either; of what is not trained the fits agree, too."""
+    name = "none" if method == "autoencoder" else "resnet18"
+    backbones = [common.load_backbone(name, "random", device=d) for d in ("cpu", "cuda")]
     fitted = [scripts[method].fit(images, backbone, **SHORT[method]) for backbone in backbones]
-    torch.testing.assert_close(*[one.result.scores for one in fitted], rtol=1e-4, atol=1e-5)
+    if method in ("knn", "patchcore"):
+        torch.testing.assert_close(*[one.result.scores for one in fitted], rtol=1e-4, atol=1e-5)
     if method == "patchcore":
         origins = [set(one.state["origin"].tolist()) for one in fitted]
         assert len(origins[0] & origins[1]) > 0.98 * len(origins[0])
     for one in fitted:
         results = [scripts[method].detector(one.state, b)(images) for b in backbones]
-        torch.testing.assert_close(*[r.scores for r in results], rtol=1e-5, atol=1e-6)
-        alone = [scripts[method].detector(one.state, b)(images[3:4]).scores for b in backbones]
-        torch.testing.assert_close(alone[1][0], results[1].scores[3], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*[r.scores for r in results], rtol=1e-4, atol=1e-6)
+        alone = scripts[method].detector(one.state, backbones[1])(images[3:4])
+        torch.testing.assert_close(alone.scores[0], results[1].scores[3], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["autoencoder", "dfr", "knn", "patchcore"])
