@@ -11,8 +11,8 @@ difference is the anomaly map:
     map(x) = mean over the color channels of  (x - decode(encode(x)))^2
 
 Read `build_autoencoder`, `fit` (the loss is the map's mean) and `score`. Then look at the
-reconstruction in examples.png: whatever it leaves out stands in the map. Whether training had ended
-is told by the loss halfway and at the end, which a run prints.
+reconstruction in examples.png: whatever it leaves out stands in the map. A run prints the training
+loss halfway and at the end: if it still falls, more --steps help.
 
 It cannot tell a defect from any other detail that it draws badly: each speckle of a pill is an
 error too, and a faint stain a smaller one. 02 compares features of a network that knows images.

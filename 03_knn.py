@@ -40,7 +40,8 @@ def fit(images, backbone, *, neighbors=5) -> common.Fitted:
     """Builds the memory bank of normal images (N, 3, S, S) uint8, with one row per image."""
     bank = embed(images, backbone, "fit: features")  # (N, C)
     if neighbors >= len(bank):
-        raise common.UserError(f"--neighbors {neighbors}: of {len(bank)} normal images: lower it")
+        there = f"there are {len(bank)} normal images"
+        raise common.UserError(f"--neighbors {neighbors}: {there}: lower it")
     thumbnails = common.thumbnails(images, 112).round().byte()  # for the pictures
     state = {"bank": bank.cpu(), "thumbnails": thumbnails, "neighbors": neighbors}
     # A new image is not in the bank. So a normal one must not find itself there: it is one of its

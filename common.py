@@ -416,10 +416,10 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
 def read_mask(path: Path) -> np.ndarray:
     """Reads which pixels a mask marks, (H, W) bool. May raise UserError.
 
-    In a file without loss, colors and numbers name classes: all but black and 0 mark. Where more
-    than three values of 8-bit gray reach 128, and in lossy files, edges may be soft: a pixel marks
-    from half of its own region's maximum on, and a region that does not reach an eighth of the
-    mask's is a trace of compression.
+    In a file without loss, colors and numbers name classes: all but black and 0 mark. But edges may
+    be soft in a lossy file, and in 8-bit gray that reaches 128 and has more than four values. There
+    a pixel marks from half of its own region's maximum on, and a region that does not reach an
+    eighth of the mask's maximum is a trace of compression.
     """
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
@@ -1542,6 +1542,10 @@ def thresholds(model: dict, rate: float) -> tuple[float, tuple | None]:
     return threshold, (low, middle, 2 * middle - low)
 
 
+def verdict_of(score, threshold: float) -> str:
+    return "defect" if score > threshold else "normal"
+
+
 def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=None):
     """Returns a function that judges a photo by a saved model: photo -> (verdict, score, map).
 
@@ -1565,8 +1569,8 @@ def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=None
         seen = prepare(image, settings.resize, settings.crop)
         result = detect(seen[None])
         score = float(result.scores[0])
-        verdict = "defect" if score > threshold else "normal"
-        return verdict, score, None if result.maps is None else result.maps[0]
+        anomaly_map = None if result.maps is None else result.maps[0]
+        return verdict_of(score, threshold), score, anomaly_map
 
     return judge
 
@@ -1594,7 +1598,7 @@ class Run(NamedTuple):
     title: str  # whose results these are, and how to read scores and maps
 
     def verdict(self, score) -> str:
-        return "defect" if score > self.threshold else "normal"
+        return verdict_of(score, self.threshold)
 
 
 def make_run(options, model: dict) -> Run:

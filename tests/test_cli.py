@@ -548,7 +548,7 @@ BAD_OPTIONS = {
         ["--neighbors", "99", "--coreset", "0.111"],  # 56.8 of 512 rows
         "the bank holds 57",
     ),
-    "neighbors above the images": ("knn", ["--neighbors", "8"], "of 8 normal images: lower it"),
+    "neighbors above the images": ("knn", ["--neighbors", "8"], "there are 8 normal images"),
     "unknown layer": ("patchcore", ["--layers", "layer9"], "invalid choice: 'layer9'"),
     "no layer": ("dfr", ["--layers"], "--layers: expected at least one argument"),
     "unknown option": ("knn", ["--nieghbors", "3"], "unrecognized arguments: --nieghbors"),
