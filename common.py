@@ -570,7 +570,7 @@ def efficientnet_lite0():
     # Without a size, it pads each image by its own.
     network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
     network._conv_head = network._bn1 = network._fc = nn.Identity()  # the classifier
-    normalize = torchvision.transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)  # as trained
+    normalize = torchvision.transforms.Normalize([127 / 255], [128 / 255])  # as trained
     stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
     stages = [normalize, stem]
     for start, end in [(0, 3), (3, 5), (5, 11), (11, 16)]:  # 24, 40, 112 and 320 channels
@@ -638,7 +638,7 @@ def fill_in(network: nn.Module, content: dict, source: str, name: str) -> None:
     with explained(source, f"pass the --backbone that it belongs to (not {name})"):
         network.load_state_dict(networks[prefix] | counters)
     if len(networks) > 1:
-        note(f"{source}: holds {len(networks)} networks ({', '.join(networks)}): {prefix} is taken")
+        note(f"{source}: holds {len(networks)} networks: {prefix} is taken")
 
 
 def tensors_of(content: dict, prefix=""):
@@ -743,9 +743,12 @@ def allocate(shape, device, scratch) -> torch.Tensor:
     """Returns an empty float32 tensor: on the GPU if it takes at most a fifth of what is free
     there, else in memory, or, from DISK_FROM bytes on, in a file without a name in `scratch`."""
     size = 4 * math.prod(shape)
-    stays = device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 5
-    if stays or size < DISK_FROM:
-        return torch.empty(shape, dtype=torch.float32, device=device if stays else "cpu")
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if size <= free / 5:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+    if size < DISK_FROM:
+        return torch.empty(shape, dtype=torch.float32)
     folder = scratch or tempfile.gettempdir()
     note(f"the features, {size / 2**30:.1f} GiB, lie in {folder} during the fit")
     no_room = "use fewer photos, a smaller --crop or --backbone, or another --out or TMPDIR"
@@ -977,7 +980,7 @@ def check_rows(name: str, matrix: torch.Tensor) -> None:
 # Patch features go in; the indices of a few that cover them all come out, in the order picked. Read
 # `plain_greedy_coreset` first, then `greedy_coreset`, which makes the same picks in less time.
 
-FRONTIER = 512  # so many of the farthest rows are put aside; a warp of chapter 5 holds no more
+FRONTIER = 1024  # so many of the farthest rows are put aside: a block of chapter 5 holds no more
 
 
 def plain_greedy_coreset(features, size: int, first: int) -> list[int]:
@@ -1135,21 +1138,6 @@ __device__ void keep(double value, long long row, double& kept, long long& kept_
     if (lane == place) { kept = value; kept_row = row; }
 }
 
-// Counts what comes before (value, row) among the first k that each warp of the block passes.
-__device__ int rank(double value, long long row, int k) {
-    __shared__ double values[128];
-    __shared__ long long numbers[128];
-    __syncthreads();  // all have read what was there
-    values[threadIdx.x] = value;
-    numbers[threadIdx.x] = row;
-    __syncthreads();
-    int place = 0;
-    for (int warp = 0; warp < blockDim.x; warp += 32)
-        for (int i = warp; i < warp + k; i++)
-            place += values[i] < value || (values[i] == value && numbers[i] < row);
-    return place;
-}
-
 // `measure`: a warp measures a pair, in float64.
 __device__ double measure(const float* one, const float* other, long long columns) {
     double sum = 0;
@@ -1166,19 +1154,18 @@ __device__ double measure(const float* one, const float* other, long long column
 // may come down meanwhile. To round to bfloat16 moves a vector by at most 2^-8 of its length, so
 // by the triangle inequality |q - b| >= |f(q) - f(b)| - 2^-8 (|f(q)| + |f(b)|).
 template <typename Act>
-__device__ void visit(const float* products, float own_squared, const float* squared,
-                      long long rows, float& limit, Act act) {
+__device__ void visit(const float* products, float own, const float* squared, long long rows,
+                      float& limit, Act act) {
     int lane = threadIdx.x % 32;
     for (long long start = 4 * (threadIdx.x - lane); start < rows; start += 4 * blockDim.x) {
         float bound[4];
         #pragma unroll
         for (int i = 0; i < 4; i++) {
             long long row = start + 32 * i + lane;
-            bound[i] = NOTHING;
-            if (row >= rows || squared[row] > LARGEST) continue;  // it is hidden
-            float apart = fmaf(-2.0f, products[row], own_squared + squared[row]);
-            float moved = 0.004f * (sqrtf(own_squared) + sqrtf(squared[row]));
-            bound[i] = sqrtf(fmaxf(apart, 0.0f)) - moved;
+            float other = row < rows ? squared[row] : NOTHING;  // as it is where a row is hidden
+            float product = row < rows ? products[row] : 0.0f;
+            float apart = fmaxf(fmaf(-2.0f, product, own + other), 0.0f);
+            bound[i] = sqrtf(apart) - 0.004f * (sqrtf(own) + sqrtf(other));  // NaN without a row
         }
         #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -1204,62 +1191,63 @@ extern "C" __global__ void __launch_bounds__(128) find_nearest(
         keep(bound, row, kept, kept_row);  // the k that look nearest
         limit = fminf(limit, __shfl_sync(ALL, kept, k - 1));
     });
-    auto measure_row = [&](long long row) {
+    limit = LARGEST;  // from here on the farthest of k rows that are measured
+    auto measure_row = [&](float, long long row) {
+        if (row == NO_ROW || __any_sync(ALL, near_row == row)) return;  // it is measured
         double distance = measure(queries + query * columns, bank + row * columns, columns);
         keep(distance, row, near, near_row);
-    };
-    for (int i = 0; i < k; i++) {
-        long long row = __shfl_sync(ALL, kept_row, i);
-        if (row != NO_ROW) measure_row(row);
-    }
-    __shared__ double farthest;  // of the k nearest that are measured
-    if (rank(near, near_row, k) == k - 1) farthest = near;
-    __syncthreads();
-    limit = __double2float_ru(farthest);
-    visit(products, own, squared, rows, limit, [&](float, long long row) {
-        if (__any_sync(ALL, near_row == row)) return;  // it is measured
-        measure_row(row);
         limit = fminf(limit, __double2float_ru(__shfl_sync(ALL, near, k - 1)));
-    });
-    int place = rank(near, near_row, k);  // the sort
+    };
+    for (int i = 0; i < k; i++) measure_row(0.0f, __shfl_sync(ALL, kept_row, i));
+    visit(products, own, squared, rows, limit, measure_row);
+
+    __shared__ double values[128];  // of all warps: the place in order is the number of nearer ones
+    __shared__ long long numbers[128];
+    values[threadIdx.x] = near;
+    numbers[threadIdx.x] = near_row;
+    __syncthreads();
+    int place = 0;
+    for (int i = 0; i < blockDim.x; i++)
+        place += values[i] < near || (values[i] == near && numbers[i] < near_row);
     if (place < k) {
         distances[query * k + place] = near;
         indices[query * k + place] = near_row;
     }
 }
 
-// The loop of `pick_torch`, by one warp. A lane has every 32nd of up to 512 rows.
-extern "C" __global__ void __launch_bounds__(32) pick_inside(
+// Gives all lanes of a warp the greatest of their values and its row, of equals the lowest.
+__device__ void farthest(double& value, int& row) {
+    for (int lane = 16; lane; lane /= 2) {
+        double other = __shfl_xor_sync(ALL, value, lane);
+        int number = __shfl_xor_sync(ALL, row, lane);
+        if (other > value || (other == value && number < row)) { value = other; row = number; }
+    }
+}
+
+// The loop of `pick_torch`, by one block of 1,024 threads, each of which has a row.
+extern "C" __global__ void __launch_bounds__(1024) pick_inside(
         const double* pairs, const double* distances, long long rows, const long long* last,
         long long wanted, long long* picks) {
-    double inside[16];
-    #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        int row = 32 * i + threadIdx.x;
-        inside[i] = row < rows ? distances[row] : -2;  // less than any row has
-    }
-    int count = 0;
+    __shared__ double values[32];
+    __shared__ int numbers[32];
+    int row = threadIdx.x, count = 0;
+    double inside = row < rows ? distances[row] : -2;  // less than any row has
     for (; count < wanted; count++) {
-        double best = -2;
-        int pick = 0;
-        #pragma unroll
-        for (int i = 0; i < 16; i++)
-            if (inside[i] > best) { best = inside[i]; pick = 32 * i + threadIdx.x; }
-        for (int lane = 16; lane; lane /= 2) {  // the greatest, and of equals the lowest row
-            double value = __shfl_xor_sync(ALL, best, lane);
-            int row = __shfl_xor_sync(ALL, pick, lane);
-            if (value > best || (value == best && row < pick)) { best = value; pick = row; }
-        }
+        double value = inside;
+        int pick = row;
+        farthest(value, pick);  // of each warp, and then of them all
+        if (row % 32 == 0) { values[row / 32] = value; numbers[row / 32] = pick; }
+        __syncthreads();
+        value = values[row % 32];
+        pick = numbers[row % 32];
+        farthest(value, pick);
+        __syncthreads();  // all have read what was there
         if (pick == *last) break;
-        if (threadIdx.x == 0) picks[count] = pick;
-        #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            int row = 32 * i + threadIdx.x;
-            if (row < rows && row != *last)
-                inside[i] = row == pick ? -1 : fmin(inside[i], pairs[pick * rows + row]);
-        }
+        if (row == pick) picks[count] = pick;
+        if (row < rows && row != *last)
+            inside = row == pick ? -1 : fmin(inside, pairs[pick * rows + row]);
     }
-    if (threadIdx.x == 0) picks[rows] = count;
+    if (row == 0) picks[rows] = count;
 }
 """
 
@@ -1268,12 +1256,11 @@ def nearest_cupy(bank: MemoryBank, queries: torch.Tensor, k: int):
     """Finds what `nearest_torch` finds, but the distances (P, k) are float64."""
     short, squared = bank.shorten(queries)
     products = multiply(short, bank.short)  # (P, N)
-    distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
+    distances = queries.new_empty(len(queries), k, dtype=torch.float64)
     indices = torch.empty_like(distances, dtype=torch.int64)
-    bounds = [products, squared, bank.squared]
+    rows, columns = bank.rows.shape
     vectors = [queries.contiguous(), bank.rows.contiguous()]
-    sizes = [*bank.rows.shape, k]
-    arguments = bounds + vectors + sizes + [distances, indices]
+    arguments = [products, squared, bank.squared, *vectors, rows, columns, k, distances, indices]
     launch("find_nearest", len(queries), THREADS, arguments)
     return distances, indices
 
@@ -1292,7 +1279,7 @@ def pick_cupy(vectors, distances, last, wanted: int) -> torch.Tensor:
     doubles = vectors.double()
     pairs = torch.cdist(doubles, doubles, compute_mode=DIFFERENCES)  # (n, n)
     picks = last.new_empty(count + 1)  # the last one says how many there are
-    launch("pick_inside", 1, 32, [pairs, distances, count, last, wanted, picks])
+    launch("pick_inside", 1, 1024, [pairs, distances, count, last, wanted, picks])
     return picks[: int(picks[count])]
 
 
@@ -1320,7 +1307,7 @@ def cuda_kernels():
         return {name: module.get_function(name) for name in ("find_nearest", "pick_inside")}
     except Exception as error:  # no wheel, no driver, no compiler: each fails in its own way
         toolkit = (torch.version.cuda or "13").split(".")[0]
-        mend = f"what fits this torch: pip install cupy-cuda{toolkit}x"
+        mend = f"pip install -U cupy-cuda{toolkit}x fits this torch"
         note(f"CuPy cannot be used ({error}): search and coreset run in plain torch; {mend}")
         return None
 
@@ -1332,8 +1319,8 @@ def uses_cupy(backend: str, tensor: torch.Tensor, k=1) -> bool:
         raise ValueError(f"backend is {backend!r}: expected auto, torch or cupy")
     usable = tensor.is_cuda and backend != "torch" and k <= MOST and cuda_kernels() is not None
     if backend == "cupy" and not usable:
-        got = f"got {tensor.device.type} and k = {k}"
-        raise ValueError(f"backend cupy: needs CuPy, CUDA tensors and k up to {MOST}, {got}")
+        needed = f"needs CuPy, k up to {MOST} and CUDA tensors"
+        raise ValueError(f"backend cupy: {needed}, got {tensor.device.type}")
     return usable
 
 

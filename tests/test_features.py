@@ -139,7 +139,7 @@ def test_of_several_networks_the_one_that_is_taken_is_named(tmp_path, plainly_sa
     state, pixels, features = plainly_saved
     both = {"state_dict": state, "state_dict_ema": {name: 0 * state[name] for name in state}}
     assert torch.equal(loaded_features(tmp_path, both, pixels), features)
-    expected = "holds 2 networks (state_dict., state_dict_ema.): state_dict. is taken\n"
+    expected = "holds 2 networks: state_dict. is taken\n"
     assert capsys.readouterr().err.endswith(expected)
 
 

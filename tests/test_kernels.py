@@ -16,6 +16,9 @@ import common
 import pytest
 import torch
 from test_coreset import naive_greedy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -134,6 +137,29 @@ def test_coreset_on_the_processor(kernels, monkeypatch, generator, rows, columns
     assert frontiers < size / 4
 
 
+class Waits(TorchDispatchMode):
+    """Counts the operations after which the processor would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation.overloadpacket in (aten._local_scalar_dense, aten.nonzero)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_gpu_is_waited_for_once_a_search_and_thrice_a_frontier(kernels, generator):
+    features = torch.randn(3000, 8, generator=generator)
+    bank = common.MemoryBank(features)
+    for count, k in [(1, 1), (40, 9)]:
+        with Waits() as waits:
+            bank.nearest(features[:count], k)
+        assert waits.count == 2  # are the queries finite, and how many rows are there
+    kernels.clear()
+    with Waits() as waits:
+        common.greedy_coreset(features, 400)
+    assert waits.count == 3 * kernels.count("pick_inside") + 1
+
+
 def test_coreset_with_ties_on_the_processor(kernels, monkeypatch):
     """A grid with every row thrice: ties, and duplicates only when nothing else is left."""
     monkeypatch.setattr(common, "FRONTIER", 20)
@@ -156,7 +182,7 @@ def test_falls_back_to_torch_and_says_so_once(monkeypatch, capsys):
     assert common.cuda_kernels() is None
     assert common.cuda_kernels() is None
     err = capsys.readouterr().err
-    assert err.count("run in plain torch") == err.count("pip install cupy-cuda1") == 1
+    assert err.count("run in plain torch") == err.count("pip install -U cupy-cuda1") == 1
     common.cuda_kernels.cache_clear()
 
 

@@ -222,5 +222,5 @@ def test_numpy_arrays_are_taken_and_a_callers_autocast_does_not_count(generator)
 def test_refuses_a_backend_it_does_not_have():
     with pytest.raises(ValueError, match="backend is 'faiss'"):
         common.nearest_neighbors(torch.ones(1, 2), torch.ones(1, 2), 1, "faiss")
-    with pytest.raises(ValueError, match="needs CuPy, CUDA tensors and k up to 32, got cpu"):
+    with pytest.raises(ValueError, match="needs CuPy, k up to 32 and CUDA tensors, got cpu"):
         common.nearest_neighbors(torch.ones(1, 2), torch.ones(1, 2), 1, "cupy")
