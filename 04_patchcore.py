@@ -95,7 +95,8 @@ def fit(
     if len(images) >= 2000 and coreset > 0.01:
         common.note("with --coreset 0.01 the coreset takes about a tenth of the time")
     outputs = common.extract(backbone, layers, images, "fit: features")
-    batches = (describe(batch, seed) for batch in outputs)  # (B, h, w, C) and (B, h, w, 128) each
+    patches = map(patch_features, outputs)  # (B, h, w, C) of each batch
+    batches = ([part, project(part, seed)] for part in patches)  # and psi of it, (B, h, w, 128)
     features, reduced = common.collect(batches, len(images), backbone.scratch)  # of all N images
     rows = features.flatten(0, 2)  # M: (N * h * w, C)
     projected = reduced.flatten(0, 2).to(backbone.device)  # psi(M): (N * h * w, 128)
@@ -121,12 +122,6 @@ def fit(
     cloud = projected[sample].cpu()
     figure = partial(draw_coreset, cloud, projected[picks].cpu(), len(rows))
     return common.Fitted(state, calibration, result, {"coreset.png": figure})
-
-
-def describe(outputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """Returns the patch features of a batch, (B, h, w, C), and psi of them, (B, h, w, 128)."""
-    features = patch_features(outputs)
-    return [features, project(features, seed)]
 
 
 def project(features: torch.Tensor, seed: int) -> torch.Tensor:

@@ -1125,7 +1125,6 @@ CUDA = r"""
 #define ALL 0xffffffffu                         // lanes of a warp
 #define NOTHING __int_as_float(0x7f800000)      // infinity, and
 #define NO_ROW 0x7fffffffffffffffLL             // a row that comes after all others
-#define LARGEST 3.4028234e38f                   // finite number
 
 // Keeps (value, row) where it belongs among the least 32 of a warp, one in each lane, in order.
 __device__ void keep(double value, long long row, double& kept, long long& kept_row) {
@@ -1185,13 +1184,13 @@ extern "C" __global__ void __launch_bounds__(128) find_nearest(
         double* distances, long long* indices) {
     long long query = blockIdx.x, kept_row = NO_ROW, near_row = NO_ROW;
     double kept = NOTHING, near = NOTHING;
-    float own = own_squared[query], limit = LARGEST;
+    float own = own_squared[query], limit = NOTHING;
     products += query * rows;
     visit(products, own, squared, rows, limit, [&](float bound, long long row) {
         keep(bound, row, kept, kept_row);  // the k that look nearest
         limit = fminf(limit, __shfl_sync(ALL, kept, k - 1));
     });
-    limit = LARGEST;  // from here on the farthest of k rows that are measured
+    limit = NOTHING;  // from here on the farthest of k rows that are measured
     auto measure_row = [&](float, long long row) {
         if (row == NO_ROW || __any_sync(ALL, near_row == row)) return;  // it is measured
         double distance = measure(queries + query * columns, bank + row * columns, columns);
