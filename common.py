@@ -261,9 +261,9 @@ def find_masks(root, refuse: Callable) -> dict[str, list[Path]]:
     folder = Path(root, "ground_truth")
     masks = defaultdict(list)
     for path in image_files(folder, None, refuse):
-        parts = path.relative_to(folder).with_suffix("").parts
-        key = composed("/".join(parts[:2]))
-        masks[re.sub("(.*/.*_mask).*", r"\1", key)].append(path)
+        name = composed(path.relative_to(folder).with_suffix("").as_posix())
+        key = re.match("[^/]*/?([^/]*_mask|[^/]*)", name)[0]
+        masks[key].append(path)
     return masks
 
 
@@ -281,9 +281,8 @@ def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=No
     photos = load_photos(paths, resize, crop, bits, refuse, masks)
     for i, (_, _, image, own_regions) in enumerate(progress(photos, "decode", total=len(paths))):
         images[i] = image
-        if own_regions is not None:
-            regions[i] = own_regions + region_count * (own_regions > 0)
-            region_count += own_regions.max()
+        regions[i] = own_regions + region_count * (own_regions > 0)
+        region_count += np.max(own_regions)
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     has_mask = (kinds == "good") | regions.any((1, 2))
     files = np.array(paths, dtype=object)
@@ -291,21 +290,24 @@ def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=No
 
 
 def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None):
-    """Yields (path, size, image, regions) for each photo that can be read, in order: the upright
-    photo's (width, height), what the network sees of it, (3, S, S) uint8, and the numbers of its
-    defects, (S, S) int32 (NumPy), or None without masks. For every other photo a UserError is
-    passed to `refuse`. The last step prints what is odd."""
-    side = crop or resize
+    """Yields (path, size, image, regions) for each photo that can be read, in order.
+
+    That is the upright photo's (width, height), what the network sees of it, (3, S, S) uint8, and
+    the numbers of its defects, (S, S) int32 (NumPy), or 0 if no mask belongs to it. A UserError is
+    passed to `refuse` for each other photo. The last step prints what is odd.
+    """
     remarks = defaultdict(list)
 
     def load(path):
         photo = read_image(path, bits)
         image = prepare(photo, resize, crop, path)
+        side = image.shape[-1]
         if min(photo.size) < side:
             remarks[f"photos are enlarged to {side} x {side}"].append(path)
         if image.max() < 64 or (image == 255).float().mean() > 0.75:
             remarks["photos are dark, below 64 of 255, or mostly white: see --bits"].append(path)
-        regions = load_regions(path, photo.size, masks, resize, crop, remarks)
+        is_normal = masks is None or path.parent.name == "good"
+        regions = 0 if is_normal else load_regions(path, photo.size, masks, resize, crop, remarks)
         return path, photo.size, image, regions
 
     yield from in_threads(load, paths, refuse)
@@ -313,38 +315,31 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
         note_names(text, odd)
 
 
-def load_regions(path: Path, size, masks: dict | None, resize: int, crop: int, remarks: dict):
+def load_regions(path: Path, size, masks: dict, resize: int, crop: int, remarks: dict):
     """Reads the masks of a photo of this size; see `load_photos`. Adds to the remarks."""
-    if masks is None or path.parent.name == "good":
-        return None
     name = composed(f"{path.parent.name}/{path.stem}")
     files = masks[f"{name}_mask"] or masks[name]
     if not files:
         remarks["test photos have no mask in ground_truth: no pixel metrics"].append(path)
-        return None
-    marked = np.zeros(size[::-1], bool)
-    for file in files:
-        mask = read_mask(file)
-        if mask.shape != marked.shape:
-            raise UserError(f"{file}: is {mask.shape[::-1]}, expected {size} as its photo")
-        marked |= mask
+        return 0
+    marked = np.any([read_mask(file, size) for file in files], axis=0)  # (H, W)
     # Regions are numbered at full size, as thin ones fall apart when a mask shrinks.
     regions, count = ndimage.label(marked, TOUCHING)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0].numpy()
-    if marked.mean() > 0.5 and marked[[0, -1]].mean() > 0.9:
-        remarks["masks mark the border and most of the photo: are they inverted?"].append(file)
+    if marked[[0, -1]].mean() > 0.9:
+        remarks["masks mark the photo's border: are they inverted?"].append(path)
     if len(np.unique(seen[seen > 0])) < max(count, 1):
-        remarks["masks are blank, or have regions outside the crop or below a pixel"].append(file)
-    if orientation(path) > 1 == orientation(file):
+        remarks["masks are blank, or have regions outside the crop or below a pixel"].append(path)
+    if is_turned(path) and not is_turned(files[0]):
         remarks["photos are turned by an EXIF tag that their masks lack"].append(path)
     return seen
 
 
-def orientation(path: Path) -> int:
-    """Returns the EXIF orientation of a file, from 1, which is upright, to 8."""
+def is_turned(path: Path) -> bool:
+    """Tells whether a file's EXIF orientation is another than upright."""
     with suppress(Exception), Image.open(path) as image:
-        return image.getexif().get(ORIENTATION, 1)
-    return 1
+        return image.getexif().get(ORIENTATION, 1) > 1
+    return False
 
 
 def read_image(source, bits=16) -> Image.Image:
@@ -352,45 +347,39 @@ def read_image(source, bits=16) -> Image.Image:
 
     The source is a file, its bytes, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W,
     4) of uint8 or uint16. `bits`, 8 to 16 (else ValueError), says how many of 16 bits are in use in
-    an array or the gray of a PNG or TIFF; the upper 8 of those are read. Files of 16 bits a color
-    must use all. A transparent photo is put on white, unless all of it is transparent.
+    an array, a PIL image, or the gray of a PNG or TIFF; the upper 8 of those are read. Files of 16
+    bits a color must use all. A transparent photo is put on white, unless all of it is transparent.
     """
     if not 8 <= bits <= 16:
         raise ValueError(f"bits is {bits}, expected 8 to 16")
     is_path = isinstance(source, (str, os.PathLike))
     name = source if is_path else f"photo in memory ({type(source).__name__})"
     with explained(f"{name}: cannot be read as an image", "replace it"):
-        if isinstance(source, bytes):
-            source = io.BytesIO(source)
         if isinstance(source, np.ndarray):
             image = shallow_image(source, bits)
-        elif isinstance(source, Image.Image):
-            image = ImageOps.exif_transpose(source)
-            image.format = source.format
         else:
             image = open_upright(source, bits)
-        if image.format not in (None, "PNG", "TIFF"):
-            bits = 16  # Pillow has scaled the other ones
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
-            image = shallow_image(np.asarray(image), bits)
-        if image.has_transparency_data:
-            clear = image.convert("RGBA")
-            if clear.getchannel("A").getextrema() != (0, 0):
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, clear)
+            is_scaled = image.format not in (None, "PNG", "TIFF")  # by Pillow, to all 16 bits
+            image = shallow_image(np.asarray(image), 16 if is_scaled else bits)
+        if image.has_transparency_data and image.convert("RGBA").getbbox():
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
 
 
 def open_upright(source, bits=16) -> Image.Image:
-    """Reads the first frame of an image file and turns it by its EXIF orientation. Raises
-    ValueError for what Pillow reads wrongly, or not to the last of `bits` that are in use."""
-    with Image.open(source) as image:
+    """Opens a file, its bytes, or a PIL image, and turns its first frame by the EXIF orientation.
+    Raises ValueError for what Pillow reads wrongly, or not to the last of `bits` in use."""
+    if isinstance(source, Image.Image):
+        return ImageOps.exif_transpose(source)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         tags = getattr(image, "tag_v2", {})
         is_negative = tags.get(262) == 0  # the numbers of TIFF's tags
         in_planes = tags.get(284) == 2
         if 16 in tags.get(258, ()) and (is_negative or in_planes):
             raise ValueError("expected 16 bits with 0 as black, and colors pixel by pixel")
-        if bits < 16 and ";16" in str(image.tile) and image.mode[0] != "I":
+        if bits < 16 and re.search("[^I];16", str(image.tile)):
             raise ValueError(f"colors in {bits} of 16 bits, expected scaled to all 16, or to 8")
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             note(f"{source}: holds {image.n_frames} frames or pages: the first one is used")
@@ -413,31 +402,30 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
     return Image.fromarray(upper.astype(np.uint8))
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Reads which pixels a mask marks, (H, W) bool. May raise UserError.
+def read_mask(path: Path, size=None) -> np.ndarray:
+    """Reads which pixels a mask marks, (H, W) bool. Raises UserError if it cannot be read, or if it
+    is not of a (width, height) that is given.
 
-    In a file without loss, colors and numbers name classes: all but black and 0 mark. But edges may
-    be soft in a lossy file, and in 8-bit gray that reaches 128 and has more than four values. There
-    a pixel marks from half of its own region's maximum on, and a region that does not reach an
-    eighth of the mask's maximum is a trace of compression.
+    All but black and 0 mark. But if a mask of 8 bits reaches 128 and has more than four values, its
+    edges are soft: it was resized, or saved with loss. Then a pixel marks from half of its own
+    region's maximum on, and a region below an eighth of the mask's maximum is a trace of loss.
     """
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
-        gray = np.asarray(image)
-        names_classes = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")  # no loss
-        if image.mode[0] not in "IF":
-            *colors, alpha = map(np.asarray, image.convert("RGBA").split())
-            gray = np.maximum.reduce(colors)
-            if np.ptp(gray) == 0 and np.ptp(alpha) > 0:
-                gray = alpha  # the colors say nothing: the drawing is in the alpha channel
-            if image.mode != "P" and np.ptp(colors, axis=0).max() == 0:
-                names_classes &= gray.max() < 128 or len(np.unique(gray)) <= 4
-        if names_classes:
+        if image.size != (size or image.size):
+            raise UserError(f"{path}: is {image.size}, expected {size} as its photo")
+        if image.mode[0] in "IF":  # more than 8 bits
+            return np.asarray(image) > 0
+        bands = np.stack(image.convert("RGBA").split())  # (4, H, W)
+        gray = bands[:3].max(axis=0)
+        if np.ptp(gray) == 0 and np.ptp(bands[3]) > 0:
+            gray = bands[3]  # the colors say nothing: the drawing is in the alpha channel
+        if gray.max() < 128 or len(np.unique(gray)) <= 4:
             return gray > 0
         near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
         region, count = ndimage.label(near, TOUCHING)
         peak = ndimage.maximum(gray, region, np.arange(count + 1))[region]  # (H, W)
-        return (gray > 0) & (gray >= peak / 2) & (peak >= gray.max() / 8)
+        return (gray >= peak / 2) & (peak >= gray.max() / 8)
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
