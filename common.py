@@ -160,9 +160,10 @@ def atomic(path: Path):
 FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
 RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # a folder that holds this file is one of our results
-NO_PHOTOS = [  # methods.png is ours, too, and lies beside those folders
-    "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "methods.png",
-]  # fmt: skip
+NO_PHOTOS = (  # so begin hidden names, the system's, and ours beside a folder with results
+    ".", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information",
+    "methods.png",
+)  # fmt: skip
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
 NEAR = 0.1  # see `without_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
@@ -200,12 +201,12 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     load = partial(load_split, resize=resize, crop=crop, bits=bits, refuse=errors.append)
     good = Path(root, "train", "good")
     train_files = image_files(good, 0, errors.append) if with_train else []
-    if with_train and len(train_files) < 2:
-        errors.append(UserError(f"{good}: holds {len(train_files)} images, expected 2 or more"))
     test_files = image_files(Path(root, "test"), 1, errors.append)
     test_files.sort(key=lambda path: path.parent.name != "good")
     train = load(train_files)
     test = load(test_files, masks=find_masks(root, errors.append))
+    if with_train and len(train_files) < 2:
+        errors.append(UserError(f"{good}: holds {len(train_files)} images, expected 2 or more"))
     if errors:
         first = "; ".join(map(str, errors[:3]))
         raise UserError(f"{len(errors)} files cannot be used: {first}")
@@ -239,7 +240,7 @@ def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]
             refuse(UserError(f"{parent}: {error.strerror}: expected a folder to list"))
             continue
         for path in paths:
-            if path.name[0] == "." or path.name in NO_PHOTOS:
+            if path.name.startswith(NO_PHOTOS):
                 continue
             if os.path.isdir(path):
                 queue.append(path)
@@ -285,8 +286,8 @@ def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=No
         region_count += np.max(own_regions)
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     has_mask = (kinds == "good") | regions.any((1, 2))
-    files = np.array(paths, dtype=object)
-    return Split(files, kinds, torch.from_numpy(images), torch.from_numpy(regions), has_mask)
+    tensors = torch.from_numpy(images), torch.from_numpy(regions)
+    return Split(np.array(paths), kinds, *tensors, has_mask)
 
 
 def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None):
@@ -306,8 +307,7 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
             remarks[f"photos are enlarged to {side} x {side}"].append(path)
         if image.max() < 64 or (image == 255).float().mean() > 0.75:
             remarks["photos are dark, below 64 of 255, or mostly white: see --bits"].append(path)
-        is_normal = masks is None or path.parent.name == "good"
-        regions = 0 if is_normal else load_regions(path, photo.size, masks, resize, crop, remarks)
+        regions = load_regions(path, photo, masks, resize, crop, remarks)
         return path, photo.size, image, regions
 
     yield from in_threads(load, paths, refuse)
@@ -315,31 +315,27 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
         note_names(text, odd)
 
 
-def load_regions(path: Path, size, masks: dict, resize: int, crop: int, remarks: dict):
-    """Reads the masks of a photo of this size; see `load_photos`. Adds to the remarks."""
+def load_regions(path: Path, photo, masks: dict | None, resize: int, crop: int, remarks: dict):
+    """Reads the masks of a photo; see `load_photos`. Adds to the remarks."""
+    if masks is None or path.parent.name == "good":
+        return 0
     name = composed(f"{path.parent.name}/{path.stem}")
     files = masks[f"{name}_mask"] or masks[name]
     if not files:
         remarks["test photos have no mask in ground_truth: no pixel metrics"].append(path)
         return 0
-    marked = np.any([read_mask(file, size) for file in files], axis=0)  # (H, W)
+    marked = np.any([read_mask(file, photo.size) for file in files], axis=0)  # (H, W)
     # Regions are numbered at full size, as thin ones fall apart when a mask shrinks.
     regions, count = ndimage.label(marked, TOUCHING)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0].numpy()
     if marked[[0, -1]].mean() > 0.9:
-        remarks["masks mark the photo's border: are they inverted?"].append(path)
+        remarks["masks mark the photo's border: are they inverted?"].append(files[-1])
     if len(np.unique(seen[seen > 0])) < max(count, 1):
-        remarks["masks are blank, or have regions outside the crop or below a pixel"].append(path)
-    if is_turned(path) and not is_turned(files[0]):
-        remarks["photos are turned by an EXIF tag that their masks lack"].append(path)
+        text = "masks are blank, or have regions outside the crop or below a pixel"
+        remarks[text].append(files[-1])
+    if photo.info.get("is_turned"):
+        remarks["photos are turned by an EXIF tag: are their masks upright, too?"].append(path)
     return seen
-
-
-def is_turned(path: Path) -> bool:
-    """Tells whether a file's EXIF orientation is another than upright."""
-    with suppress(Exception), Image.open(path) as image:
-        return image.getexif().get(ORIENTATION, 1) > 1
-    return False
 
 
 def read_image(source, bits=16) -> Image.Image:
@@ -385,6 +381,7 @@ def open_upright(source, bits=16) -> Image.Image:
             note(f"{source}: holds {image.n_frames} frames or pages: the first one is used")
         image.load()
         with suppress(Exception):  # it turns the image before odd metadata fails
+            image.info["is_turned"] = image.getexif().get(ORIENTATION, 1) > 1
             ImageOps.exif_transpose(image, in_place=True)
         return image
 
@@ -395,8 +392,7 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
         values = values[..., 0]
     if values.dtype == np.uint8:
         return Image.fromarray(values)
-    is_deep = values.dtype.str[1:] in ("u2", "i4")  # in either order of bytes
-    if not is_deep or (values >> 16).any():
+    if values.dtype.name not in ("uint16", "int32") or (values >> 16).any():
         raise ValueError(f"{values.dtype} pixels, expected 8 or 16 bits")
     upper = np.minimum(values >> (bits - 8), 255)
     return Image.fromarray(upper.astype(np.uint8))
