@@ -58,7 +58,6 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, spatial, stats
 from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.linalg import vector_norm
 from torchvision.transforms import functional as image_transforms
@@ -193,9 +192,8 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     """Reads the photos of a folder in MVTec layout. Returns (train, test).
 
     The training photos lie in ROOT/train/good; without `with_train` none are read. The test photos
-    lie in ROOT/test/<defect type>, and the good ones come first. `find_masks`, `prepare` and
-    `read_image` explain the rest. Raises one UserError for all that cannot be used, and for less
-    than two training photos.
+    lie in ROOT/test/<defect type>, and the good ones come first. Raises one UserError for all files
+    that cannot be used, and one for less than two training photos.
     """
     errors = []
     load = partial(load_split, resize=resize, crop=crop, bits=bits, refuse=errors.append)
@@ -205,13 +203,13 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     test_files.sort(key=lambda path: path.parent.name != "good")
     train = load(train_files)
     test = load(test_files, masks=find_masks(root, errors.append))
-    if with_train and len(train_files) < 2:
-        errors.append(UserError(f"{good}: holds {len(train_files)} images, expected 2 or more"))
     if errors:
         first = "; ".join(map(str, errors[:3]))
         raise UserError(f"{len(errors)} files cannot be used: {first}")
     if not with_train:
         return train, test
+    if len(train_files) < 2:
+        raise UserError(f"{good}: holds {len(train_files)} images, expected 2 or more")
     if crop:
         share = f"{crop / resize:.0%} of its shorter side"
         note(f"the network sees the square in a photo's center, {share}: see --crop")
@@ -286,23 +284,21 @@ def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=No
         region_count += np.max(own_regions)
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     has_mask = (kinds == "good") | regions.any((1, 2))
-    tensors = torch.from_numpy(images), torch.from_numpy(regions)
-    return Split(np.array(paths), kinds, *tensors, has_mask)
+    images, regions = map(torch.from_numpy, (images, regions))
+    return Split(np.array(paths), kinds, images, regions, has_mask)
 
 
 def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None):
-    """Yields (path, size, image, regions) for each photo that can be read, in order.
-
-    That is the upright photo's (width, height), what the network sees of it, (3, S, S) uint8, and
-    the numbers of its defects, (S, S) int32 (NumPy), or 0 if no mask belongs to it. A UserError is
-    passed to `refuse` for each other photo. The last step prints what is odd.
-    """
+    """Yields (path, size, image, regions) for each photo that can be read, in order: the upright
+    photo's (width, height), what the network sees of it, (3, S, S) uint8, and the numbers of its
+    defects, (S, S) int32 (NumPy), or 0 if there are none. A UserError is passed to `refuse` for
+    each other photo. The last step prints what is odd."""
+    side = crop or resize
     remarks = defaultdict(list)
 
     def load(path):
         photo = read_image(path, bits)
         image = prepare(photo, resize, crop, path)
-        side = image.shape[-1]
         if min(photo.size) < side:
             remarks[f"photos are enlarged to {side} x {side}"].append(path)
         if image.max() < 64 or (image == 255).float().mean() > 0.75:
@@ -356,8 +352,8 @@ def read_image(source, bits=16) -> Image.Image:
         else:
             image = open_upright(source, bits)
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
-            is_scaled = image.format not in (None, "PNG", "TIFF")  # by Pillow, to all 16 bits
-            image = shallow_image(np.asarray(image), 16 if is_scaled else bits)
+            used = bits if image.format in (None, "PNG", "TIFF") else 16  # as Pillow scales them
+            image = shallow_image(np.asarray(image), used)
         if image.has_transparency_data and image.convert("RGBA").getbbox():
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -433,9 +429,8 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
     """
     if not 0 <= crop <= resize:
         raise ValueError(f"crop is {crop}, expected at most resize, which is {resize}")
-    width, height = image.size
     if not 0 < max(image.size) <= 50 * min(image.size):
-        raise UserError(f"{name}: is {width} x {height}, expected sides of at most 1 to 50: cut it")
+        raise UserError(f"{name}: is {image.size}, expected sides of at most 1 to 50: cut it")
     mode = image_transforms.InterpolationMode["NEAREST" if is_mask else "BILINEAR"]
     size = resize if crop else [resize, resize]
     resized = image_transforms.resize(image, size, mode)
@@ -453,16 +448,14 @@ def without_copies(train: Split, test: Split) -> Split:
     more. The first of several copies stays.
     """
     pixels = [thumbnails(split.images, 32).flatten(1).double() for split in (train, test)]
+    distances = torch.cdist(torch.cat(pixels), pixels[0]).round(decimals=3)  # (N + T, N)
     count = len(train.paths)
     rank = min(max(3, count // 8) + 1, count)  # a training image is its own nearest
-    search = NearestNeighbors(n_neighbors=rank).fit(pixels[0])  # (N, 3072)
-    distances, nearest = search.kneighbors(torch.cat(pixels))  # (N + T, rank)
-    distances = distances.round(3)
-    is_near = distances < NEAR * distances[:, -1:]
+    usual = distances.kthvalue(rank, keepdim=True).values  # (N + T, 1)
+    is_near = (distances < NEAR * usual).numpy()
     stays = np.zeros(count, bool)
     for number in range(count):
-        neighbors = nearest[number][is_near[number]]
-        stays[number] = not stays[neighbors].any()
+        stays[number] = not (stays & is_near[number]).any()
     note_names("training photos are near-copies of others and count once", train.paths[~stays])
     too_good = "test photos are near-copies of training photos: metrics are too good"
     note_names(too_good, test.paths[is_near[count:].any(axis=1)])

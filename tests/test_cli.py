@@ -256,7 +256,7 @@ def test_names_in_another_encoding_and_thin_photos(run_script, pill, tmp_path):
     code, out, err = run_script("knn", *arguments)
     assert code == 1
     assert len(out.splitlines()) == 1 + 2
-    assert "thin.png: is 20000 x 1, expected sides of at most 1 to 50" in err
+    assert "thin.png: is (20000, 1), expected sides of at most 1 to 50" in err
     assert "arning: Glyph" not in err
     for part in ("test", "ground_truth"):
         (pill / part / "crack").rename(pill / part / os.fsdecode(b"\xe9^$"))
