@@ -159,10 +159,8 @@ def atomic(path: Path):
 FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
 RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # a folder that holds this file is one of our results
-NO_PHOTOS = (  # so begin hidden names, the system's, and ours beside a folder with results
-    ".", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information",
-    "methods.png",
-)  # fmt: skip
+NO_PHOTOS = (".", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information")
+NO_PHOTOS += ("methods.png",)  # ours, beside folders of results; all names that begin so
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
 NEAR = 0.1  # see `without_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
@@ -260,14 +258,11 @@ def find_masks(root, refuse: Callable) -> dict[str, list[Path]]:
     folder = Path(root, "ground_truth")
     masks = defaultdict(list)
     for path in image_files(folder, None, refuse):
-        name = composed(path.relative_to(folder).with_suffix("").as_posix())
+        relative = path.relative_to(folder).with_suffix("").as_posix()
+        name = unicodedata.normalize("NFC", relative)  # macOS writes an accent as a letter
         key = re.match("[^/]*/?([^/]*_mask|[^/]*)", name)[0]
         masks[key].append(path)
     return masks
-
-
-# Some systems write a letter and its accent as two characters, others as one.
-composed = partial(unicodedata.normalize, "NFC")
 
 
 def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None) -> Split:
@@ -315,20 +310,19 @@ def load_regions(path: Path, photo, masks: dict | None, resize: int, crop: int, 
     """Reads the masks of a photo; see `load_photos`. Adds to the remarks."""
     if masks is None or path.parent.name == "good":
         return 0
-    name = composed(f"{path.parent.name}/{path.stem}")
-    files = masks[f"{name}_mask"] or masks[name]
-    if not files:
+    name = unicodedata.normalize("NFC", f"{path.parent.name}/{path.stem}")
+    own = masks[f"{name}_mask"] or masks[name]
+    if not own:
         remarks["test photos have no mask in ground_truth: no pixel metrics"].append(path)
         return 0
-    marked = np.any([read_mask(file, photo.size) for file in files], axis=0)  # (H, W)
+    marked = np.any([read_mask(file, photo.size) for file in own], axis=0)  # (H, W)
     # Regions are numbered at full size, as thin ones fall apart when a mask shrinks.
     regions, count = ndimage.label(marked, TOUCHING)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0].numpy()
     if marked[[0, -1]].mean() > 0.9:
-        remarks["masks mark the photo's border: are they inverted?"].append(files[-1])
+        remarks["masks mark the photo's border: are they inverted?"].append(own[0])
     if len(np.unique(seen[seen > 0])) < max(count, 1):
-        text = "masks are blank, or have regions outside the crop or below a pixel"
-        remarks[text].append(files[-1])
+        remarks["masks are blank, or have regions outside the crop or below a pixel"].append(own[0])
     if photo.info.get("is_turned"):
         remarks["photos are turned by an EXIF tag: are their masks upright, too?"].append(path)
     return seen
@@ -439,16 +433,15 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
 
 
 def without_copies(train: Split, test: Split) -> Split:
-    """Returns `train` without near-copies: if they stayed, a memory bank "without" a photo would
-    still hold its copy, and the threshold would be too low.
+    """Returns `train` with the first of several near-copies alone: a memory bank "without" a photo
+    would still hold its copy, and the threshold would be too low.
 
-    Two images are near-copies if their distance is less than a tenth of what is usual around the
-    second one, that is of the distance to its (N / 8)-th nearest training image, or to the third if
-    N is small. Bursts of one part had 0.008 to 0.046 of it, photos of different parts 0.246 and
-    more. The first of several copies stays.
+    Two images are near-copies if their distance is less than a tenth of the second one's distance
+    to its (N / 8)-th nearest training image, or to the third if N is small. Bursts of one part had
+    0.008 to 0.046 of it, photos of different parts 0.246 and more.
     """
     pixels = [thumbnails(split.images, 32).flatten(1).double() for split in (train, test)]
-    distances = torch.cdist(torch.cat(pixels), pixels[0]).round(decimals=3)  # (N + T, N)
+    distances = torch.cdist(torch.cat(pixels), pixels[0]).round_(decimals=3)  # (N + T, N)
     count = len(train.paths)
     rank = min(max(3, count // 8) + 1, count)  # a training image is its own nearest
     usual = distances.kthvalue(rank, keepdim=True).values  # (N + T, 1)
