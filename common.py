@@ -58,7 +58,6 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, spatial, stats
 from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.linalg import vector_norm
 from torchvision.transforms import functional as image_transforms
@@ -160,9 +159,8 @@ def atomic(path: Path):
 FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
 RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # a folder that holds this file is one of our results
-NO_PHOTOS = [  # methods.png is ours, too, and lies beside those folders
-    "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "methods.png",
-]  # fmt: skip
+NO_PHOTOS = (".", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information")
+NO_PHOTOS += ("methods.png",)  # ours, beside folders of results; all names that begin so
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
 NEAR = 0.1  # see `without_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
@@ -192,16 +190,13 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     """Reads the photos of a folder in MVTec layout. Returns (train, test).
 
     The training photos lie in ROOT/train/good; without `with_train` none are read. The test photos
-    lie in ROOT/test/<defect type>, and the good ones come first. `find_masks`, `prepare` and
-    `read_image` explain the rest. Raises one UserError for all that cannot be used, and for less
-    than two training photos.
+    lie in ROOT/test/<defect type>, and the good ones come first. Raises one UserError for all files
+    that cannot be used, and one for less than two training photos.
     """
     errors = []
     load = partial(load_split, resize=resize, crop=crop, bits=bits, refuse=errors.append)
     good = Path(root, "train", "good")
     train_files = image_files(good, 0, errors.append) if with_train else []
-    if with_train and len(train_files) < 2:
-        errors.append(UserError(f"{good}: holds {len(train_files)} images, expected 2 or more"))
     test_files = image_files(Path(root, "test"), 1, errors.append)
     test_files.sort(key=lambda path: path.parent.name != "good")
     train = load(train_files)
@@ -211,6 +206,8 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
         raise UserError(f"{len(errors)} files cannot be used: {first}")
     if not with_train:
         return train, test
+    if len(train_files) < 2:
+        raise UserError(f"{good}: holds {len(train_files)} images, expected 2 or more")
     if crop:
         share = f"{crop / resize:.0%} of its shorter side"
         note(f"the network sees the square in a photo's center, {share}: see --crop")
@@ -239,7 +236,7 @@ def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]
             refuse(UserError(f"{parent}: {error.strerror}: expected a folder to list"))
             continue
         for path in paths:
-            if path.name[0] == "." or path.name in NO_PHOTOS:
+            if path.name.startswith(NO_PHOTOS):
                 continue
             if os.path.isdir(path):
                 queue.append(path)
@@ -261,14 +258,11 @@ def find_masks(root, refuse: Callable) -> dict[str, list[Path]]:
     folder = Path(root, "ground_truth")
     masks = defaultdict(list)
     for path in image_files(folder, None, refuse):
-        parts = path.relative_to(folder).with_suffix("").parts
-        key = composed("/".join(parts[:2]))
-        masks[re.sub("(.*/.*_mask).*", r"\1", key)].append(path)
+        relative = path.relative_to(folder).with_suffix("").as_posix()
+        name = unicodedata.normalize("NFC", relative)  # macOS writes an accent as a letter
+        key = re.match("[^/]*/?([^/]*_mask|[^/]*)", name)[0]
+        masks[key].append(path)
     return masks
-
-
-# Some systems write a letter and its accent as two characters, others as one.
-composed = partial(unicodedata.normalize, "NFC")
 
 
 def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None) -> Split:
@@ -281,20 +275,19 @@ def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=No
     photos = load_photos(paths, resize, crop, bits, refuse, masks)
     for i, (_, _, image, own_regions) in enumerate(progress(photos, "decode", total=len(paths))):
         images[i] = image
-        if own_regions is not None:
-            regions[i] = own_regions + region_count * (own_regions > 0)
-            region_count += own_regions.max()
+        regions[i] = own_regions + region_count * (own_regions > 0)
+        region_count += np.max(own_regions)
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     has_mask = (kinds == "good") | regions.any((1, 2))
-    files = np.array(paths, dtype=object)
-    return Split(files, kinds, torch.from_numpy(images), torch.from_numpy(regions), has_mask)
+    images, regions = map(torch.from_numpy, (images, regions))
+    return Split(np.array(paths), kinds, images, regions, has_mask)
 
 
 def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None):
     """Yields (path, size, image, regions) for each photo that can be read, in order: the upright
     photo's (width, height), what the network sees of it, (3, S, S) uint8, and the numbers of its
-    defects, (S, S) int32 (NumPy), or None without masks. For every other photo a UserError is
-    passed to `refuse`. The last step prints what is odd."""
+    defects, (S, S) int32 (NumPy), or 0 if there are none. A UserError is passed to `refuse` for
+    each other photo. The last step prints what is odd."""
     side = crop or resize
     remarks = defaultdict(list)
 
@@ -305,7 +298,7 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
             remarks[f"photos are enlarged to {side} x {side}"].append(path)
         if image.max() < 64 or (image == 255).float().mean() > 0.75:
             remarks["photos are dark, below 64 of 255, or mostly white: see --bits"].append(path)
-        regions = load_regions(path, photo.size, masks, resize, crop, remarks)
+        regions = load_regions(path, photo, masks, resize, crop, remarks)
         return path, photo.size, image, regions
 
     yield from in_threads(load, paths, refuse)
@@ -313,38 +306,26 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
         note_names(text, odd)
 
 
-def load_regions(path: Path, size, masks: dict | None, resize: int, crop: int, remarks: dict):
-    """Reads the masks of a photo of this size; see `load_photos`. Adds to the remarks."""
+def load_regions(path: Path, photo, masks: dict | None, resize: int, crop: int, remarks: dict):
+    """Reads the masks of a photo; see `load_photos`. Adds to the remarks."""
     if masks is None or path.parent.name == "good":
-        return None
-    name = composed(f"{path.parent.name}/{path.stem}")
-    files = masks[f"{name}_mask"] or masks[name]
-    if not files:
+        return 0
+    name = unicodedata.normalize("NFC", f"{path.parent.name}/{path.stem}")
+    own = masks[f"{name}_mask"] or masks[name]
+    if not own:
         remarks["test photos have no mask in ground_truth: no pixel metrics"].append(path)
-        return None
-    marked = np.zeros(size[::-1], bool)
-    for file in files:
-        mask = read_mask(file)
-        if mask.shape != marked.shape:
-            raise UserError(f"{file}: is {mask.shape[::-1]}, expected {size} as its photo")
-        marked |= mask
+        return 0
+    marked = np.any([read_mask(file, photo.size) for file in own], axis=0)  # (H, W)
     # Regions are numbered at full size, as thin ones fall apart when a mask shrinks.
     regions, count = ndimage.label(marked, TOUCHING)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0].numpy()
-    if marked.mean() > 0.5 and marked[[0, -1]].mean() > 0.9:
-        remarks["masks mark the border and most of the photo: are they inverted?"].append(file)
+    if marked[[0, -1]].mean() > 0.9:
+        remarks["masks mark the photo's border: are they inverted?"].append(own[0])
     if len(np.unique(seen[seen > 0])) < max(count, 1):
-        remarks["masks are blank, or have regions outside the crop or below a pixel"].append(file)
-    if orientation(path) > 1 == orientation(file):
-        remarks["photos are turned by an EXIF tag that their masks lack"].append(path)
+        remarks["masks are blank, or have regions outside the crop or below a pixel"].append(own[0])
+    if photo.info.get("is_turned"):
+        remarks["photos are turned by an EXIF tag: are their masks upright, too?"].append(path)
     return seen
-
-
-def orientation(path: Path) -> int:
-    """Returns the EXIF orientation of a file, from 1, which is upright, to 8."""
-    with suppress(Exception), Image.open(path) as image:
-        return image.getexif().get(ORIENTATION, 1)
-    return 1
 
 
 def read_image(source, bits=16) -> Image.Image:
@@ -352,50 +333,45 @@ def read_image(source, bits=16) -> Image.Image:
 
     The source is a file, its bytes, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W,
     4) of uint8 or uint16. `bits`, 8 to 16 (else ValueError), says how many of 16 bits are in use in
-    an array or the gray of a PNG or TIFF; the upper 8 of those are read. Files of 16 bits a color
-    must use all. A transparent photo is put on white, unless all of it is transparent.
+    an array, a PIL image, or the gray of a PNG or TIFF; the upper 8 of those are read. Files of 16
+    bits a color must use all. A transparent photo is put on white, unless all of it is transparent.
     """
     if not 8 <= bits <= 16:
         raise ValueError(f"bits is {bits}, expected 8 to 16")
     is_path = isinstance(source, (str, os.PathLike))
     name = source if is_path else f"photo in memory ({type(source).__name__})"
     with explained(f"{name}: cannot be read as an image", "replace it"):
-        if isinstance(source, bytes):
-            source = io.BytesIO(source)
         if isinstance(source, np.ndarray):
             image = shallow_image(source, bits)
-        elif isinstance(source, Image.Image):
-            image = ImageOps.exif_transpose(source)
-            image.format = source.format
         else:
             image = open_upright(source, bits)
-        if image.format not in (None, "PNG", "TIFF"):
-            bits = 16  # Pillow has scaled the other ones
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which `convert` would clip
-            image = shallow_image(np.asarray(image), bits)
-        if image.has_transparency_data:
-            clear = image.convert("RGBA")
-            if clear.getchannel("A").getextrema() != (0, 0):
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, clear)
+            used = bits if image.format in (None, "PNG", "TIFF") else 16  # as Pillow scales them
+            image = shallow_image(np.asarray(image), used)
+        if image.has_transparency_data and image.convert("RGBA").getbbox():
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
 
 
 def open_upright(source, bits=16) -> Image.Image:
-    """Reads the first frame of an image file and turns it by its EXIF orientation. Raises
-    ValueError for what Pillow reads wrongly, or not to the last of `bits` that are in use."""
-    with Image.open(source) as image:
+    """Opens a file, its bytes, or a PIL image, and turns its first frame by the EXIF orientation.
+    Raises ValueError for what Pillow reads wrongly, or not to the last of `bits` in use."""
+    if isinstance(source, Image.Image):
+        return ImageOps.exif_transpose(source)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         tags = getattr(image, "tag_v2", {})
         is_negative = tags.get(262) == 0  # the numbers of TIFF's tags
         in_planes = tags.get(284) == 2
         if 16 in tags.get(258, ()) and (is_negative or in_planes):
             raise ValueError("expected 16 bits with 0 as black, and colors pixel by pixel")
-        if bits < 16 and ";16" in str(image.tile) and image.mode[0] != "I":
+        if bits < 16 and re.search("[^I];16", str(image.tile)):
             raise ValueError(f"colors in {bits} of 16 bits, expected scaled to all 16, or to 8")
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             note(f"{source}: holds {image.n_frames} frames or pages: the first one is used")
         image.load()
         with suppress(Exception):  # it turns the image before odd metadata fails
+            image.info["is_turned"] = image.getexif().get(ORIENTATION, 1) > 1
             ImageOps.exif_transpose(image, in_place=True)
         return image
 
@@ -406,38 +382,36 @@ def shallow_image(values: np.ndarray, bits: int) -> Image.Image:
         values = values[..., 0]
     if values.dtype == np.uint8:
         return Image.fromarray(values)
-    is_deep = values.dtype.str[1:] in ("u2", "i4")  # in either order of bytes
-    if not is_deep or (values >> 16).any():
+    if values.dtype.name not in ("uint16", "int32") or (values >> 16).any():
         raise ValueError(f"{values.dtype} pixels, expected 8 or 16 bits")
     upper = np.minimum(values >> (bits - 8), 255)
     return Image.fromarray(upper.astype(np.uint8))
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Reads which pixels a mask marks, (H, W) bool. May raise UserError.
+def read_mask(path: Path, size=None) -> np.ndarray:
+    """Reads which pixels a mask marks, (H, W) bool. Raises UserError if it cannot be read, or if it
+    is not of a (width, height) that is given.
 
-    In a file without loss, colors and numbers name classes: all but black and 0 mark. But edges may
-    be soft in a lossy file, and in 8-bit gray that reaches 128 and has more than four values. There
-    a pixel marks from half of its own region's maximum on, and a region that does not reach an
-    eighth of the mask's maximum is a trace of compression.
+    All but black and 0 mark. But if a mask of 8 bits reaches 128 and has more than four values, its
+    edges are soft: it was resized, or saved with loss. Then a pixel marks from half of its own
+    region's maximum on, and a region below an eighth of the mask's maximum is a trace of loss.
     """
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
-        gray = np.asarray(image)
-        names_classes = image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF")  # no loss
-        if image.mode[0] not in "IF":
-            *colors, alpha = map(np.asarray, image.convert("RGBA").split())
-            gray = np.maximum.reduce(colors)
-            if np.ptp(gray) == 0 and np.ptp(alpha) > 0:
-                gray = alpha  # the colors say nothing: the drawing is in the alpha channel
-            if image.mode != "P" and np.ptp(colors, axis=0).max() == 0:
-                names_classes &= gray.max() < 128 or len(np.unique(gray)) <= 4
-        if names_classes:
+        if image.size != (size or image.size):
+            raise UserError(f"{path}: is {image.size}, expected {size} as its photo")
+        if image.mode[0] in "IF":  # more than 8 bits
+            return np.asarray(image) > 0
+        bands = np.stack(image.convert("RGBA").split())  # (4, H, W)
+        gray = bands[:3].max(axis=0)
+        if np.ptp(gray) == 0 and np.ptp(bands[3]) > 0:
+            gray = bands[3]  # the colors say nothing: the drawing is in the alpha channel
+        if gray.max() < 128 or len(np.unique(gray)) <= 4:
             return gray > 0
         near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
         region, count = ndimage.label(near, TOUCHING)
         peak = ndimage.maximum(gray, region, np.arange(count + 1))[region]  # (H, W)
-        return (gray > 0) & (gray >= peak / 2) & (peak >= gray.max() / 8)
+        return (gray >= peak / 2) & (peak >= gray.max() / 8)
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:
@@ -449,9 +423,8 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
     """
     if not 0 <= crop <= resize:
         raise ValueError(f"crop is {crop}, expected at most resize, which is {resize}")
-    width, height = image.size
     if not 0 < max(image.size) <= 50 * min(image.size):
-        raise UserError(f"{name}: is {width} x {height}, expected sides of at most 1 to 50: cut it")
+        raise UserError(f"{name}: is {image.size}, expected sides of at most 1 to 50: cut it")
     mode = image_transforms.InterpolationMode["NEAREST" if is_mask else "BILINEAR"]
     size = resize if crop else [resize, resize]
     resized = image_transforms.resize(image, size, mode)
@@ -460,25 +433,22 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
 
 
 def without_copies(train: Split, test: Split) -> Split:
-    """Returns `train` without near-copies: if they stayed, a memory bank "without" a photo would
-    still hold its copy, and the threshold would be too low.
+    """Returns `train` with the first of several near-copies alone: a memory bank "without" a photo
+    would still hold its copy, and the threshold would be too low.
 
-    Two images are near-copies if their distance is less than a tenth of what is usual around the
-    second one, that is of the distance to its (N / 8)-th nearest training image, or to the third if
-    N is small. Bursts of one part had 0.008 to 0.046 of it, photos of different parts 0.246 and
-    more. The first of several copies stays.
+    Two images are near-copies if their distance is less than a tenth of the second one's distance
+    to its (N / 8)-th nearest training image, or to the third if N is small. Bursts of one part had
+    0.008 to 0.046 of it, photos of different parts 0.246 and more.
     """
     pixels = [thumbnails(split.images, 32).flatten(1).double() for split in (train, test)]
+    distances = torch.cdist(torch.cat(pixels), pixels[0]).round_(decimals=3)  # (N + T, N)
     count = len(train.paths)
     rank = min(max(3, count // 8) + 1, count)  # a training image is its own nearest
-    search = NearestNeighbors(n_neighbors=rank).fit(pixels[0])  # (N, 3072)
-    distances, nearest = search.kneighbors(torch.cat(pixels))  # (N + T, rank)
-    distances = distances.round(3)
-    is_near = distances < NEAR * distances[:, -1:]
+    usual = distances.kthvalue(rank, keepdim=True).values  # (N + T, 1)
+    is_near = (distances < NEAR * usual).numpy()
     stays = np.zeros(count, bool)
     for number in range(count):
-        neighbors = nearest[number][is_near[number]]
-        stays[number] = not stays[neighbors].any()
+        stays[number] = not (stays & is_near[number]).any()
     note_names("training photos are near-copies of others and count once", train.paths[~stays])
     too_good = "test photos are near-copies of training photos: metrics are too good"
     note_names(too_good, test.paths[is_near[count:].any(axis=1)])

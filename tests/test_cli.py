@@ -256,7 +256,7 @@ def test_names_in_another_encoding_and_thin_photos(run_script, pill, tmp_path):
     code, out, err = run_script("knn", *arguments)
     assert code == 1
     assert len(out.splitlines()) == 1 + 2
-    assert "thin.png: is 20000 x 1, expected sides of at most 1 to 50" in err
+    assert "thin.png: is (20000, 1), expected sides of at most 1 to 50" in err
     assert "arning: Glyph" not in err
     for part in ("test", "ground_truth"):
         (pill / part / "crack").rename(pill / part / os.fsdecode(b"\xe9^$"))
@@ -521,7 +521,7 @@ BAD_DATA = {
     "text": (lambda p: (p / "train/good/003.jpg").write_text("x"), "good/003.jpg: cannot"),
     "other size": (lambda p: resized(p / MASK, (64, 80)), "mask.png: is (64, 80), expected"),
     "truncated mask": (lambda p: (p / MASK).write_bytes(b"\x89PNG"), "mask.png: cannot be read"),
-    "thin": (lambda p: resized(p / "train/good/002.jpg", (90, 1)), "002.jpg: is 90 x 1, expected"),
+    "thin": (lambda p: resized(p / "train/good/002.jpg", (90, 1)), "002.jpg: is (90, 1), expected"),
     "two": (
         lambda p: [truncated(p / f"{part}/good/000.jpg") for part in ("train", "test")],
         "2 files cannot be used: ",

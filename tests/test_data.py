@@ -119,7 +119,7 @@ def test_what_pillow_has_scaled_or_cut_is_not_scaled_again():
         photo = b"P5 60 40 %d\n" % top + (values.astype(int) * top // 4095).astype(">u2").tobytes()
         found = np.asarray(common.read_image(photo, 12))[..., 0]
         assert np.abs(found - values / 4095 * 255).max() <= 1, top
-        opened = common.read_image(Image.open(io.BytesIO(photo)), 12)
+        opened = common.read_image(Image.open(io.BytesIO(photo)))
         np.testing.assert_array_equal(np.asarray(opened)[..., 0], found)
     Image.fromarray(16 * values).save(file := io.BytesIO(), "JPEG2000")
     found = np.asarray(common.read_image(file.getvalue(), 12))[..., 0]
@@ -299,9 +299,9 @@ def test_small_photos_are_enlarged_as_by_torchvision(tmp_path, capsys, gradient)
     err = capsys.readouterr().err
     assert err.startswith(f"2 photos are enlarged to 224 x 224: {paths[0]}, ")
     assert err.count("\n") == 1
-    with pytest.raises(common.UserError, match=r"c: is 300 x 2, expected sides of at most 1 to 50"):
+    with pytest.raises(common.UserError, match=r"c: is \(300, 2\), expected sides of at"):
         common.prepare(Image.new("RGB", (300, 2)), name="c")
-    with pytest.raises(common.UserError, match="image: is 0 x 0"):
+    with pytest.raises(common.UserError, match=r"image: is \(0, 0\)"):
         common.prepare(Image.new("RGB", (0, 0)))
     with pytest.raises(ValueError, match="crop is 224, expected at most resize, which is 128"):
         common.prepare(Image.new("RGB", (300, 200)), 128)
@@ -370,7 +370,7 @@ def test_photos_that_teach_nothing_are_named(tmp_path, capsys):
         photo[:, :60] = min(color, 200)
         Image.fromarray(photo).save(path)
         [(_, size, image, regions)] = common.load_photos([path], 256, 224, 16, pytest.fail)
-        assert (size, image.shape, regions) == ((300, 300), (3, 224, 224), None)
+        assert (size, image.shape, regions) == ((300, 300), (3, 224, 224), 0)
         assert capsys.readouterr().err.startswith(message)
 
 
@@ -449,7 +449,7 @@ def test_masks_in_colors_or_in_their_alpha_alone(tmp_path, capsys):
             assert ((common.read_mask(tmp_path / "m.png") > 0) == (gray > 0)).all(), number
     inverted = with_mask(tmp_path / "a", 255 - discs(255))
     assert inverted.masks.float().mean() > 0.9  # nothing is guessed
-    assert "1 masks mark the border and most of the photo" in capsys.readouterr().err
+    assert "1 masks mark the photo's border" in capsys.readouterr().err
 
 
 def test_a_photo_turned_by_exif_without_its_mask_is_named(tmp_path, capsys):
@@ -461,7 +461,7 @@ def test_a_photo_turned_by_exif_without_its_mask_is_named(tmp_path, capsys):
     Image.open(photo).save(photo, exif=exif)
     load_split([photo])
     err = capsys.readouterr().err
-    assert err.startswith("1 photos are turned by an EXIF tag that their masks lack")
+    assert err.startswith("1 photos are turned by an EXIF tag: are their masks")
     assert "000.png" in err
 
 
