@@ -58,6 +58,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, spatial, stats
 from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.linalg import vector_norm
 from torchvision.transforms import functional as image_transforms
@@ -159,8 +160,8 @@ def atomic(path: Path):
 FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 SUFFIXES = [end for end, name in Image.registered_extensions().items() if name in FORMATS]
 RESULTS_TAG = "ANOMALY_RESULTS.TAG"  # a folder that holds this file is one of our results
-NO_PHOTOS = (".", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information")
-NO_PHOTOS += ("methods.png",)  # ours, beside folders of results; all names that begin so
+NO_PHOTOS = ["@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"]
+NO_PHOTOS += ["methods.png"]  # ours, beside the folders of results
 ORIENTATION = 0x0112  # the number of this EXIF tag; 1 is upright
 NEAR = 0.1  # see `without_copies`
 TOUCHING = np.ones((3, 3))  # pixels of a region touch at their sides or corners
@@ -236,7 +237,7 @@ def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]
             refuse(UserError(f"{parent}: {error.strerror}: expected a folder to list"))
             continue
         for path in paths:
-            if path.name.startswith(NO_PHOTOS):
+            if path.name[0] == "." or path.name in NO_PHOTOS:
                 continue
             if os.path.isdir(path):
                 queue.append(path)
@@ -280,7 +281,7 @@ def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=No
     kinds = np.array([path.parent.name for path in paths], dtype=object)
     has_mask = (kinds == "good") | regions.any((1, 2))
     images, regions = map(torch.from_numpy, (images, regions))
-    return Split(np.array(paths), kinds, images, regions, has_mask)
+    return Split(np.array(paths, dtype=object), kinds, images, regions, has_mask)
 
 
 def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None):
@@ -319,13 +320,21 @@ def load_regions(path: Path, photo, masks: dict | None, resize: int, crop: int, 
     # Regions are numbered at full size, as thin ones fall apart when a mask shrinks.
     regions, count = ndimage.label(marked, TOUCHING)
     seen = prepare(Image.fromarray(regions), resize, crop, is_mask=True)[0].numpy()
-    if marked[[0, -1]].mean() > 0.9:
-        remarks["masks mark the photo's border: are they inverted?"].append(own[0])
+    border = marked[[0, -1]].mean()  # the share of it that is marked
+    if border > 0.9 and marked.mean() > 0.5:
+        remarks["masks mark the border and most of the photo: are they inverted?"].append(own[0])
     if len(np.unique(seen[seen > 0])) < max(count, 1):
         remarks["masks are blank, or have regions outside the crop or below a pixel"].append(own[0])
-    if photo.info.get("is_turned"):
-        remarks["photos are turned by an EXIF tag: are their masks upright, too?"].append(path)
+    if orientation(path) > 1 == orientation(own[0]):
+        remarks["photos are turned by an EXIF tag that their masks lack"].append(path)
     return seen
+
+
+def orientation(path: Path) -> int:
+    """Returns the EXIF orientation of a file, from 1, which is upright, to 8."""
+    with suppress(Exception), Image.open(path) as image:
+        return image.getexif().get(ORIENTATION, 1)
+    return 1
 
 
 def read_image(source, bits=16) -> Image.Image:
@@ -333,8 +342,8 @@ def read_image(source, bits=16) -> Image.Image:
 
     The source is a file, its bytes, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W,
     4) of uint8 or uint16. `bits`, 8 to 16 (else ValueError), says how many of 16 bits are in use in
-    an array, a PIL image, or the gray of a PNG or TIFF; the upper 8 of those are read. Files of 16
-    bits a color must use all. A transparent photo is put on white, unless all of it is transparent.
+    an array or the gray of a PNG or TIFF; the upper 8 of those are read. Files of 16 bits a color
+    must use all. A transparent photo is put on white, unless all of it is transparent.
     """
     if not 8 <= bits <= 16:
         raise ValueError(f"bits is {bits}, expected 8 to 16")
@@ -358,7 +367,9 @@ def open_upright(source, bits=16) -> Image.Image:
     """Opens a file, its bytes, or a PIL image, and turns its first frame by the EXIF orientation.
     Raises ValueError for what Pillow reads wrongly, or not to the last of `bits` in use."""
     if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source)
+        image = ImageOps.exif_transpose(source)
+        image.format = source.format
+        return image
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         tags = getattr(image, "tag_v2", {})
         is_negative = tags.get(262) == 0  # the numbers of TIFF's tags
@@ -371,7 +382,6 @@ def open_upright(source, bits=16) -> Image.Image:
             note(f"{source}: holds {image.n_frames} frames or pages: the first one is used")
         image.load()
         with suppress(Exception):  # it turns the image before odd metadata fails
-            image.info["is_turned"] = image.getexif().get(ORIENTATION, 1) > 1
             ImageOps.exif_transpose(image, in_place=True)
         return image
 
@@ -392,9 +402,10 @@ def read_mask(path: Path, size=None) -> np.ndarray:
     """Reads which pixels a mask marks, (H, W) bool. Raises UserError if it cannot be read, or if it
     is not of a (width, height) that is given.
 
-    All but black and 0 mark. But if a mask of 8 bits reaches 128 and has more than four values, its
-    edges are soft: it was resized, or saved with loss. Then a pixel marks from half of its own
-    region's maximum on, and a region below an eighth of the mask's maximum is a trace of loss.
+    In a file without loss, colors and numbers name classes: all but black and 0 mark. But edges may
+    be soft in a lossy file, and in 8-bit gray that reaches 128 and has more than four values. There
+    a pixel marks from half of its own region's maximum on, and a region that does not reach an
+    eighth of the mask's maximum is a trace of compression.
     """
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
@@ -402,11 +413,13 @@ def read_mask(path: Path, size=None) -> np.ndarray:
             raise UserError(f"{path}: is {image.size}, expected {size} as its photo")
         if image.mode[0] in "IF":  # more than 8 bits
             return np.asarray(image) > 0
-        bands = np.stack(image.convert("RGBA").split())  # (4, H, W)
-        gray = bands[:3].max(axis=0)
-        if np.ptp(gray) == 0 and np.ptp(bands[3]) > 0:
-            gray = bands[3]  # the colors say nothing: the drawing is in the alpha channel
-        if gray.max() < 128 or len(np.unique(gray)) <= 4:
+        channels = np.asarray(image.convert("RGBA"))  # (H, W, 4)
+        gray = channels[..., :3].max(axis=2)
+        if np.ptp(gray) == 0 and np.ptp(channels[..., 3]) > 0:
+            gray = channels[..., 3]  # the colors say nothing: the drawing is in the alpha channel
+        is_colored = image.mode == "P" or np.ptp(channels[..., :3], axis=2).any()
+        names_classes = is_colored or gray.max() < 128 or len(np.unique(gray)) <= 4
+        if names_classes and image.format in ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF"):  # no loss
             return gray > 0
         near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
         region, count = ndimage.label(near, TOUCHING)
@@ -441,14 +454,16 @@ def without_copies(train: Split, test: Split) -> Split:
     0.008 to 0.046 of it, photos of different parts 0.246 and more.
     """
     pixels = [thumbnails(split.images, 32).flatten(1).double() for split in (train, test)]
-    distances = torch.cdist(torch.cat(pixels), pixels[0]).round_(decimals=3)  # (N + T, N)
     count = len(train.paths)
     rank = min(max(3, count // 8) + 1, count)  # a training image is its own nearest
-    usual = distances.kthvalue(rank, keepdim=True).values  # (N + T, 1)
-    is_near = (distances < NEAR * usual).numpy()
+    search = NearestNeighbors(n_neighbors=rank).fit(pixels[0])  # (N, 3072)
+    distances, nearest = search.kneighbors(torch.cat(pixels))  # (N + T, rank)
+    distances = distances.round(3)
+    is_near = distances < NEAR * distances[:, -1:]
     stays = np.zeros(count, bool)
     for number in range(count):
-        stays[number] = not (stays & is_near[number]).any()
+        neighbors = nearest[number][is_near[number]]
+        stays[number] = not stays[neighbors].any()
     note_names("training photos are near-copies of others and count once", train.paths[~stays])
     too_good = "test photos are near-copies of training photos: metrics are too good"
     note_names(too_good, test.paths[is_near[count:].any(axis=1)])
@@ -1228,8 +1243,8 @@ def nearest_cupy(bank: MemoryBank, queries: torch.Tensor, k: int):
     distances = queries.new_empty(len(queries), k, dtype=torch.float64)
     indices = torch.empty_like(distances, dtype=torch.int64)
     rows, columns = bank.rows.shape
-    vectors = [queries.contiguous(), bank.rows.contiguous()]
-    arguments = [products, squared, bank.squared, *vectors, rows, columns, k, distances, indices]
+    arguments = [products, squared, bank.squared, queries.contiguous(), bank.rows.contiguous()]
+    arguments += [rows, columns, k, distances, indices]
     launch("find_nearest", len(queries), THREADS, arguments)
     return distances, indices
 

@@ -119,7 +119,7 @@ def test_what_pillow_has_scaled_or_cut_is_not_scaled_again():
         photo = b"P5 60 40 %d\n" % top + (values.astype(int) * top // 4095).astype(">u2").tobytes()
         found = np.asarray(common.read_image(photo, 12))[..., 0]
         assert np.abs(found - values / 4095 * 255).max() <= 1, top
-        opened = common.read_image(Image.open(io.BytesIO(photo)))
+        opened = common.read_image(Image.open(io.BytesIO(photo)), 12)
         np.testing.assert_array_equal(np.asarray(opened)[..., 0], found)
     Image.fromarray(16 * values).save(file := io.BytesIO(), "JPEG2000")
     found = np.asarray(common.read_image(file.getvalue(), 12))[..., 0]
@@ -449,7 +449,7 @@ def test_masks_in_colors_or_in_their_alpha_alone(tmp_path, capsys):
             assert ((common.read_mask(tmp_path / "m.png") > 0) == (gray > 0)).all(), number
     inverted = with_mask(tmp_path / "a", 255 - discs(255))
     assert inverted.masks.float().mean() > 0.9  # nothing is guessed
-    assert "1 masks mark the photo's border" in capsys.readouterr().err
+    assert "1 masks mark the border and most of the photo" in capsys.readouterr().err
 
 
 def test_a_photo_turned_by_exif_without_its_mask_is_named(tmp_path, capsys):
@@ -461,7 +461,7 @@ def test_a_photo_turned_by_exif_without_its_mask_is_named(tmp_path, capsys):
     Image.open(photo).save(photo, exif=exif)
     load_split([photo])
     err = capsys.readouterr().err
-    assert err.startswith("1 photos are turned by an EXIF tag: are their masks")
+    assert err.startswith("1 photos are turned by an EXIF tag that their masks lack")
     assert "000.png" in err
 
 
