@@ -208,8 +208,8 @@ def test_outline_and_verdict_agree():
     ring = np.zeros((40, 40), bool)
     ring[5:35, 5:35] = True
     ring[15:20, 15:20] = False  # a normal island in a large defect
-    drawn = common.outline(ring)
-    assert drawn[5, 5]
+    drawn = common.outlined(pixels.byte(), ring, "white")[0]
+    assert drawn[5, 5] == 255
     assert not drawn[12:23, 12:23].any()
 
 
@@ -403,9 +403,7 @@ def test_the_place_of_the_peak_is_in_pixels_of_the_photo(crop, size):
     photo = Image.new("RGB", size)
     photo.paste("white", (145, 175, 152, 182))
     seen = common.prepare(photo, 256, crop)[:1].float()
-    result = common.Result(seen.amax((1, 2)), seen, None)
-    options = SimpleNamespace(resize=256, crop=crop)
-    x, y = common.place_of_peak(options, result, 0, size)
+    x, y = common.place_of_peak(SimpleNamespace(resize=256, crop=crop), seen[0], size)
     assert abs(x - 148) <= 4
     assert abs(y - 178) <= 4
 
