@@ -1612,23 +1612,25 @@ def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -
     """Returns what is shown of an image (3, S, S) uint8, the i-th of a result: the image with its
     name and score, its anomaly map, and the cells of the method."""
     score = result.scores[i]
-    cells = [Cell(f"{name}\n{score:.4g} {verdict_of(score, run.threshold)}", image)]
+    verdict = verdict_of(score, run.threshold)
+    cells = [Cell(f"{name}\n{score:.4g} {verdict}", image)]
     if result.maps is not None:
-        cells.append(Cell("anomaly map", heat_map(run, image, result.maps[i], score)))
+        tile = heat_map(image, result.maps[i], run.map_range, verdict)
+        cells.append(Cell("anomaly map", tile))
     return cells + result.cells(i, image, run.model["names"])
 
 
-def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) -> torch.Tensor:
+def heat_map(image: torch.Tensor, anomaly_map: torch.Tensor, map_range, verdict) -> torch.Tensor:
     """Draws the map over the gray image, (3, S, S) uint8. If the verdict is "defect", it outlines
     what is above the map's threshold or, if nothing is, what reaches nine tenths of its peak."""
     values = anomaly_map.numpy()
-    low, threshold, high = run.map_range
+    low, threshold, high = map_range
     share = Normalize(low, high, clip=True)(values).data  # (S, S), from 0 to 1
     color = 255 * matplotlib.colormaps["inferno"](share).transpose(2, 0, 1)[:3]  # (3, S, S)
     gray = image.float().mean(dim=0).numpy()  # (S, S)
     mixed = gray + (0.25 + 0.5 * share) * (color - gray)  # (3, S, S)
     tile = torch.from_numpy(mixed.astype(np.uint8))
-    if verdict_of(score, run.threshold) == "normal":
+    if verdict == "normal":
         return tile
     return outlined(tile, values > min(threshold, 0.9 * values.max()), "white")
 
@@ -1665,9 +1667,9 @@ def save_picture(run: Run, name, first_line: str, rows: list[list[Cell]]) -> Non
     grid = make_grid(tiles.flatten(0, 1), tiles.shape[1], padding=6, pad_value=255)
     picture = image_transforms.to_pil_image(grid)
     heading = drawable(f"{first_line}\n{run.title}")
-    needed = ImageDraw.Draw(picture).textbbox((6, 4), heading, font_size=14)[2] + 6
-    right = max(0, int(needed) - picture.width)
-    picture = ImageOps.expand(picture, (0, 58, right, 0), "white")
+    _, _, end_of_text, _ = ImageDraw.Draw(picture).textbbox((6, 4), heading, font_size=14)
+    missing = max(0, int(end_of_text) + 6 - picture.width)
+    picture = ImageOps.expand(picture, (0, 58, missing, 0), "white")
     ImageDraw.Draw(picture).text((6, 4), heading, "black", font_size=14)
     with atomic(run.options.out / name) as unfinished:
         picture.save(unfinished, "PNG", compress_level=1)  # the default takes four times as long
@@ -1688,8 +1690,7 @@ def save_figure(run: Run, figure: Figure, name: str) -> None:
 
 
 def note_loss(step: int, steps: int, loss: torch.Tensor) -> None:
-    """Prints a training loss halfway and at the end: whether training has settled. Raises UserError
-    for one that is not finite."""
+    """Prints a training loss halfway and at the end. Raises UserError if it is not finite."""
     if not loss.isfinite():
         raise UserError("--learning-rate: training diverges: lower it")
     if step in (steps // 2, steps - 1):
@@ -1702,8 +1703,8 @@ def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
     rows = []
     for i in scores.argsort(descending=True)[:5]:
         photo = fitted.calibration[i]
-        name = run.model["names"][photo]
-        rows.append(cells_of(run, fitted.result, i, train.images[photo], name))
+        image = train.images[photo]
+        rows.append(cells_of(run, fitted.result, i, image, run.model["names"][photo]))
     save_picture(run, "normal.png", "normal photos, each judged without itself", rows)
     for name, draw in fitted.figures.items():
         save_figure(run, draw(), name)
@@ -1712,8 +1713,7 @@ def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
 
 
 def report(run: Run, test: Split, detect) -> None:
-    """Judges the test images by `detect`, a function from images (N, 3, S, S) uint8 to a `Result`.
-    Writes, draws and prints what comes out."""
+    """Judges the test images; writes, draws and prints what comes out."""
     start = time.perf_counter()
     result = detect(test.images)
     metrics = evaluate(run, test, result, time.perf_counter() - start)
@@ -1735,16 +1735,15 @@ def evaluate(run: Run, test: Split, result: Result, seconds: float) -> dict:
     alarms = reported[~test.labels]
     data = str(options.data.resolve())
     seen = [test.paths.tolist(), data, options.resize, options.crop, options.bits]
-    per_defect = {}
-    for kind in sorted(set(test.kinds) - {"good"}):
-        per_defect[kind] = metrics_of(test.kinds == kind, test, result, reported)
+    defects = sorted(set(test.kinds) - {"good"})
+    measure = partial(metrics_of, test, result, reported)
     return {
         "method": options.method,
         "data": data,
         "test_set": hashlib.sha256(repr(seen).encode()).hexdigest()[:16],  # equal: comparable
         "weights": run.model["weights"],
-        **metrics_of(test.labels, test, result, reported),
-        "per_defect": per_defect,
+        **measure(test.labels),
+        "per_defect": {kind: measure(test.kinds == kind) for kind in defects},
         "threshold": run.threshold,
         "false_alarms": int(alarms.sum()),
         "normal_images": len(alarms),
@@ -1754,7 +1753,7 @@ def evaluate(run: Run, test: Split, result: Result, seconds: float) -> dict:
     }
 
 
-def metrics_of(defects: np.ndarray, test: Split, result: Result, reported: np.ndarray) -> dict:
+def metrics_of(test: Split, result: Result, reported: np.ndarray, defects: np.ndarray) -> dict:
     """Returns the METRICS of the good test images and of some defective ones, (N,) bool, and how
     many of these are reported."""
     rows = defects | ~test.labels
@@ -1860,11 +1859,8 @@ def print_row(first: str, values, last: str) -> None:
 
 
 def note_false_alarms(run: Run, metrics: dict) -> None:
-    """Says it if more normal test images are above the threshold than chance explains.
-
-    No look at train/good can tell that it lacks what new photos show, but this count can. It is
-    binomial, and the line comes if chance would bring so many in less than one run of a thousand.
-    """
+    """Says it if chance, which is binomial, would bring so many normal test images above the
+    threshold in less than one run of a thousand: no look at train/good can tell what it lacks."""
     rate = max(run.options.false_alarm_rate, 1 / (len(run.model["scores"]) + 1))
     alarms = metrics["false_alarms"]
     count = metrics["normal_images"]
@@ -1880,7 +1876,7 @@ def predict(run: Run, files: list[Path], detect, refuse: Callable) -> None:
     for name in ["predictions.png", *map(picture_path, files)]:  # an earlier run's
         with suppress(OSError):
             os.remove(options.out / name)
-    verdicts = []
+    judged = defects = 0
     highest = []  # up to 10 of (score, path, cells)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "score", "predicted", "x", "y"])
@@ -1890,23 +1886,21 @@ def predict(run: Run, files: list[Path], detect, refuse: Callable) -> None:
         for i, (path, size, image, _) in enumerate(batch):
             score = float(result.scores[i])
             verdict = verdict_of(score, run.threshold)
-            verdicts.append(verdict)
+            judged += 1
+            defects += verdict == "defect"
             x = y = ""
             if result.maps is not None:
                 x, y = place_of_peak(options, result.maps[i], size)
             writer.writerow([path, f"{score:.9g}", verdict, x, y])
             sys.stdout.flush()
-            if options.pictures not in ("all", f"{verdict}s"):
-                continue
-            cells = cells_of(run, result, i, image, short_name(path))
-            highest.append((score, path, cells))
-            highest = heapq.nlargest(10, highest)
-            try:
-                save_picture(run, picture_path(path), str(path), [cells])
-            except UserError as error:
-                refuse(error)
-    judged = len(verdicts)
-    defects = verdicts.count("defect")
+            if options.pictures in ("all", f"{verdict}s"):
+                cells = cells_of(run, result, i, image, short_name(path))
+                highest.append((score, path, cells))
+                highest = heapq.nlargest(10, highest)
+                try:
+                    save_picture(run, picture_path(path), str(path), [cells])
+                except UserError as error:
+                    refuse(error)
     note(f"judged {judged} images: {defects} above the threshold {run.threshold:.4g}")
     if judged >= 10 and defects > judged / 2:
         note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")

@@ -196,13 +196,14 @@ def test_features_on_disk_are_named(run_script, pill, monkeypatch):
 
 
 def test_outline_and_verdict_agree():
-    run = common.Run(None, {}, 1.0, (0.0, 1.0, 2.0), "")
+    map_range = (0.0, 1.0, 2.0)
     pixels, quiet = torch.zeros(3, 40, 40), torch.full((40, 40), 0.2)
     spot = quiet.clone()
     spot[10:20, 10:20] = 1.5
     white = [
-        (common.heat_map(run, pixels, anomaly_map, score) == 255).all(0).any()
-        for anomaly_map, score in [(spot, 2), (spot, 0.5), (quiet, 2), (quiet, 0.5)]
+        (common.heat_map(pixels, anomaly_map, map_range, verdict) == 255).all(0).any()
+        for anomaly_map in (spot, quiet)
+        for verdict in ("defect", "normal")
     ]
     assert white == [True, False, True, False]
     ring = np.zeros((40, 40), bool)
