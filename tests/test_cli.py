@@ -303,6 +303,28 @@ def test_pictures_show_the_images_that_they_name(run_script, pill, monkeypatch):
         assert nearest[2] == names[distances.argsort()[1]]
 
 
+@pytest.mark.parametrize(("own", "side"), [(64, 224), (300, 300), (784, 448)])
+def test_a_picture_has_tiles_of_one_size_and_a_whole_heading(tmp_path, own, side):
+    run = common.Run(SimpleNamespace(out=tmp_path), {}, 1.0, None, "title")
+    gray = torch.full((3, own, own), 99, dtype=torch.uint8)
+    cells = [common.Cell("", gray), common.Cell("caption", gray[:, :50, :50])]
+    widths = []
+    for first_line in ("short", "long " * 90 + "end"):
+        common.save_picture(run, "a.png", first_line, [cells, cells[:1]])
+        picture = np.asarray(Image.open(tmp_path / "a.png"))[..., 0]
+        widths.append(picture.shape[1])
+        tops, lefts = [picture.shape[0] - 2 * (side + 6), -side - 6], [6, side + 12]
+        tiles = [[picture[t:][:side, x : x + side] for x in lefts] for t in tops]
+        assert (tiles[0][0] == 99).all()
+        assert (tiles[0][1][50:] == 99).all()
+        assert {0, 255} < set(tiles[0][1][:50].ravel())  # the caption
+        assert (tiles[1][0] == 99).all()
+        assert (tiles[1][1] == 255).all()
+        assert (picture[: tops[0], -6:] == 255).all()  # the heading ends before the border
+        assert (picture[: tops[0], -60:] < 99).any() == (first_line != "short")
+    assert widths[0] == 2 * side + 18 < widths[1]
+
+
 def test_names_in_pictures_tell_photos_apart():
     paths = [Path("a/x.png"), Path("b/x.png"), Path("c", "y" * 30 + "1.png"), Path("a/\u82f1.png")]
     names = list(map(common.short_name, paths))
