@@ -139,7 +139,7 @@ def score(network, device, images: torch.Tensor) -> common.Result:
     # of a defect together stand out.
     maps = common.to_maps(grids, images.shape[2])
     cells = [[common.Cell("reconstruction", drawing)] for drawing in torch.cat(drawings)]
-    return common.Result(grids.mean(dim=(1, 2)), maps, lambda i, image: cells[i])
+    return common.Result(grids.mean(dim=(1, 2)), maps, lambda i, image, names: cells[i])
 
 
 if __name__ == "__main__":

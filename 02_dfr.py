@@ -156,7 +156,7 @@ def score(state: dict, backbone, network, images: torch.Tensor) -> common.Result
     # differs from the paper: map and score: the map is blurred like the other methods' maps, so
     # that they compare, and the score is the highest value of this blurred map.
     maps = common.to_maps(torch.cat(errors), images.shape[2])
-    return common.Result(maps.amax(dim=(1, 2)), maps, lambda i, image: [])
+    return common.Result(maps.amax(dim=(1, 2)), maps, lambda i, image, names: [])
 
 
 if __name__ == "__main__":

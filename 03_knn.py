@@ -63,12 +63,12 @@ def average(distances: torch.Tensor, indices: torch.Tensor, state: dict) -> comm
     return common.Result(scores, None, nearest)
 
 
-def nearest_images(distances, indices, thumbnails, i: int, image) -> list[common.Cell]:
+def nearest_images(distances, indices, thumbnails, i: int, image, names) -> list[common.Cell]:
     """Shows the up to three nearest normal images of image i."""
     cells = []
     for distance, photo in zip(distances[i, :3], indices[i, :3].tolist(), strict=True):
-        caption = f"nearest normal\ndistance {distance:.3g}"
-        cells.append(common.Cell(caption, thumbnails[photo], photo))
+        caption = f"nearest normal\ndistance {distance:.3g}\n{names[photo]}"
+        cells.append(common.Cell(caption, thumbnails[photo]))
     return cells
 
 

@@ -270,7 +270,7 @@ def refill(vectors, distances, radius) -> list[int]:
 # ------------------------------------------------------------------ what is ours: pictures
 
 
-def compare(scored: Scored, origin, state: dict, i: int, image: torch.Tensor) -> list[common.Cell]:
+def compare(scored: Scored, origin, state: dict, i: int, image, names) -> list[common.Cell]:
     """Draws the tile "compared" of image i: left the worst patch m_test, right the normal patch of
     its m*. `origin`, (n,), says which row of M each m* is."""
     grid = scored.distances.shape[1:]
@@ -282,7 +282,7 @@ def compare(scored: Scored, origin, state: dict, i: int, image: torch.Tensor) ->
     left = around(image, scored.worst[i], grid, window)
     right = around(normal, origin[i] % grid.numel(), grid, window)
     tile = torch.cat([left, right], dim=2)
-    return [common.Cell(f"compared\ns* {scored.s_star[i]:.4g}", tile, photo)]
+    return [common.Cell(f"compared\ns* {scored.s_star[i]:.4g}\n{names[photo]}", tile)]
 
 
 def around(image: torch.Tensor, cell: torch.Tensor, grid, window: int) -> torch.Tensor:

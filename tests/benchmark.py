@@ -278,7 +278,7 @@ def benchmark_schematic(options):
     fitted = patchcore.fit(train.images, backbone)
     i = int((test.kinds == "color").argmax())
     result = patchcore.detector(fitted.state, backbone)(test.images[i : i + 1])
-    (compared,) = result.cells(0, test.images[i])
+    (compared,) = result.cells(0, test.images[i], [""] * len(train.paths))
     (outputs,) = common.extract(backbone, patchcore.LAYERS, test.images[i : i + 1])
     layers = [output[0].permute(1, 2, 0).cpu().numpy() for output in outputs]
     features = patchcore.patch_features(outputs)[0].cpu().numpy()

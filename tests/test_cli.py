@@ -196,20 +196,21 @@ def test_features_on_disk_are_named(run_script, pill, monkeypatch):
 
 
 def test_outline_and_verdict_agree():
-    run = common.Run(None, {}, 1.0, (0.0, 1.0, 2.0), "")
+    map_range = (0.0, 1.0, 2.0)
     pixels, quiet = torch.zeros(3, 40, 40), torch.full((40, 40), 0.2)
     spot = quiet.clone()
     spot[10:20, 10:20] = 1.5
     white = [
-        (common.heat_map(run, pixels, anomaly_map, score) == 255).all(0).any()
-        for anomaly_map, score in [(spot, 2), (spot, 0.5), (quiet, 2), (quiet, 0.5)]
+        (common.heat_map(pixels, anomaly_map, map_range, verdict) == 255).all(0).any()
+        for anomaly_map in (spot, quiet)
+        for verdict in ("defect", "normal")
     ]
     assert white == [True, False, True, False]
     ring = np.zeros((40, 40), bool)
     ring[5:35, 5:35] = True
     ring[15:20, 15:20] = False  # a normal island in a large defect
-    drawn = common.outline(ring)
-    assert drawn[5, 5]
+    drawn = common.outlined(pixels.byte(), ring, "white")[0]
+    assert drawn[5, 5] == 255
     assert not drawn[12:23, 12:23].any()
 
 
@@ -300,6 +301,28 @@ def test_pictures_show_the_images_that_they_name(run_script, pill, monkeypatch):
     for photo, nearest, *_ in pictures["normal.png"]:
         distances = torch.cdist(bank[names.index(photo[0])][None], bank)[0]
         assert nearest[2] == names[distances.argsort()[1]]
+
+
+@pytest.mark.parametrize(("own", "side"), [(64, 224), (300, 300), (784, 448)])
+def test_a_picture_has_tiles_of_one_size_and_a_whole_heading(tmp_path, own, side):
+    run = common.Run(SimpleNamespace(out=tmp_path), {}, 1.0, None, "title")
+    gray = torch.full((3, own, own), 99, dtype=torch.uint8)
+    cells = [common.Cell("", gray), common.Cell("caption", gray[:, :50, :50])]
+    widths = []
+    for first_line in ("short", "long " * 90 + "end"):
+        common.save_picture(run, "a.png", first_line, [cells, cells[:1]])
+        picture = np.asarray(Image.open(tmp_path / "a.png"))[..., 0]
+        widths.append(picture.shape[1])
+        tops, lefts = [picture.shape[0] - 2 * (side + 6), -side - 6], [6, side + 12]
+        tiles = [[picture[t:][:side, x : x + side] for x in lefts] for t in tops]
+        assert (tiles[0][0] == 99).all()
+        assert (tiles[0][1][50:] == 99).all()
+        assert {0, 255} < set(tiles[0][1][:50].ravel())  # the caption
+        assert (tiles[1][0] == 99).all()
+        assert (tiles[1][1] == 255).all()
+        assert (picture[: tops[0], -6:] == 255).all()  # the heading ends before the border
+        assert (picture[: tops[0], -60:] < 99).any() == (first_line != "short")
+    assert widths[0] == 2 * side + 18 < widths[1]
 
 
 def test_names_in_pictures_tell_photos_apart():
@@ -403,9 +426,7 @@ def test_the_place_of_the_peak_is_in_pixels_of_the_photo(crop, size):
     photo = Image.new("RGB", size)
     photo.paste("white", (145, 175, 152, 182))
     seen = common.prepare(photo, 256, crop)[:1].float()
-    result = common.Result(seen.amax((1, 2)), seen, None)
-    options = SimpleNamespace(resize=256, crop=crop)
-    x, y = common.place_of_peak(options, result, 0, size)
+    x, y = common.place_of_peak(SimpleNamespace(resize=256, crop=crop), seen[0], size)
     assert abs(x - 148) <= 4
     assert abs(y - 178) <= 4
 

@@ -43,7 +43,7 @@ def test_pixels_of_photos_without_a_mask_count_for_nothing(maps_and_masks):
     regions[3:] = 0
     test = common.Split(kinds, kinds, None, regions, kinds != "b")
     result = common.Result(maps.max((1, 2)), torch.from_numpy(maps), None)
-    found = common.metrics_of(["a", "b"], test, result, result.scores > 2)
+    found = common.metrics_of(test, result, result.scores > 2, kinds != "good")
     assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks[:3].ravel(), maps[:3].ravel()))
     assert found["image_auroc"] == roc_auc_score(kinds != "good", result.scores)
     assert found["reported"] == (result.scores[1:] > 2).sum()
