@@ -21,7 +21,7 @@ def naive_greedy(features, size, first):
 
 
 def check_picks(features, size, seed=0):
-    """The picks are the definition's, and the cover is that of the picks, the earliest of equals."""
+    """The picks are the definition's; a row is assigned to the nearest, the earliest of equals."""
     picks, assignment, distances = common.greedy_coreset(features, size, seed, with_cover=True)
     assert picks.dtype == torch.int64
     assert picks.tolist() == naive_greedy(features, size, picks[0].item())
