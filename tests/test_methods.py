@@ -281,8 +281,8 @@ def test_constant_features_end_dfr_in_one_line(scripts):
 
 @pytest.mark.parametrize("method", ["dfr", "knn", "patchcore"])
 def test_threads_that_judge_at_once_do_not_mix_images(scripts, method, generator):
-    """4 threads x 100 images, by one backbone."""
-    images = torch.randint(256, (100, 3, 64, 64), generator=generator).byte()
+    """4 threads x 40 images, by one backbone."""
+    images = torch.randint(256, (40, 3, 64, 64), generator=generator).byte()
     backbone = small_backbone()
     fitted = scripts[method].fit(images[:8], backbone, **SHORT[method])
     detect = scripts[method].detector(fitted.state, backbone)
