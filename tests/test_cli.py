@@ -382,9 +382,14 @@ def test_the_rate_of_the_fit_stays_unless_another_is_given(run_script, pill):
 def test_old_pictures_do_not_stay_among_the_new(run_script, model_file, pill, tmp_path):
     judge = ["--load", "m.pt", "--predict", pill / "test"]
     run_script("knn", *judge)
-    _, out, _ = run_script("knn", *judge, "--pictures", "defects")
+    # Its own pictures, which lie there by now, are not judged.
+    code, out, _ = run_script("knn", *judge[:-1], ".", "--pictures", "none")
+    count = len([path for path in pill.rglob("*") if path.is_file()])
+    assert (code, out.count("\n")) == (0, 1 + count)
+    _, out, err = run_script("knn", *judge, "--pictures", "defects")
     pictures = list((tmp_path / "results/knn/predictions").rglob("*.png"))
     assert 0 < len(pictures) == out.count(",defect,") < 10
+    assert f"judged 10 images: {len(pictures)} above the threshold " in err
     photo = Path("/", pictures[0].relative_to(tmp_path / "results/knn/predictions"))
     photo.with_suffix("").write_bytes(b"broken since")
     code, _, err = run_script("knn", *judge, "--pictures", "defects")
@@ -402,21 +407,13 @@ def test_runs_on_other_photos_or_pixels_are_not_compared(run_script, pill):
     assert "\npatchcore  " not in run_script("knn", *fit)[1]
 
 
-def test_pictures_of_defects_or_of_none(run_script, model_file, pill, tmp_path):
-    folder, judge = tmp_path / "results" / "knn", ["--load", "m.pt", "--predict", pill / "test"]
+def test_without_pictures_nothing_is_written(run_script, model_file, pill, tmp_path):
+    judge = ["--load", "m.pt", "--predict", pill / "test"]
     (tmp_path / "results").write_text("no folder: nothing can be written")
     code, out, err = run_script("knn", *judge, "--pictures", "none")
     assert (code, "pictures in" in err, out.count("\n")) == (0, False, 11)
     code, _, err = run_script("knn", *judge)
     assert (code, "cannot be written: Not a directory: see --out" in err) == (2, True)
-    (tmp_path / "results").unlink()
-    code, out, err = run_script("knn", *judge, "--pictures", "defects")
-    pictures = list((folder / "predictions").rglob("*.png"))
-    assert 0 < len(pictures) == out.count(",defect,") < 10
-    assert f"judged 10 images: {len(pictures)} above the threshold " in err
-    # Its own pictures, which lie there by now, are not judged.
-    code, out, err = run_script("knn", *judge[:-1], ".", "--pictures", "none")
-    assert out.count("\n") == 1 + len([path for path in pill.rglob("*") if path.is_file()])
 
 
 @pytest.mark.parametrize("crop", [224, 0])
@@ -534,7 +531,6 @@ def one_image(folder):
 MASK = "ground_truth/crack/000_mask.png"
 BAD_DATA = {
     "no folder": (shutil.rmtree, "pill: expected the folder train/good"),
-    "empty folder": (empty, "pill: expected the folder train/good"),
     "other layout": (lambda p: (p / "train").rename(p / "training"), "the folder train/good"),
     "no images": (lambda p: empty(p / "train/good"), "train/good: holds 0 images"),
     "one image": (lambda p: one_image(p / "train/good"), "holds 1 images, expected"),
@@ -543,10 +539,6 @@ BAD_DATA = {
     "other size": (lambda p: resized(p / MASK, (64, 80)), "mask.png: is (64, 80), expected"),
     "truncated mask": (lambda p: (p / MASK).write_bytes(b"\x89PNG"), "mask.png: cannot be read"),
     "thin": (lambda p: resized(p / "train/good/002.jpg", (90, 1)), "002.jpg: is (90, 1), expected"),
-    "two": (
-        lambda p: [truncated(p / f"{part}/good/000.jpg") for part in ("train", "test")],
-        "2 files cannot be used: ",
-    ),
 }
 
 
@@ -580,7 +572,6 @@ BAD_OPTIONS = {
     "huge resize": ("knn", ["--resize", "99999"], "--resize: 99999: expected 32 to 4096"),
     "bits": ("knn", ["--bits", "17"], "--bits: 17: expected 8 to 16"),
     "weights missing": ("knn", ["--weights", "none.pth"], "or directory: expected a .pth"),
-    "weights damaged": ("knn", ["--weights", __file__], "damaged or foreign file"),
     "out is a file": (
         "knn",
         ["--out", "file.txt"],
@@ -593,9 +584,7 @@ BAD_OPTIONS = {
     "predict without a model": ("knn", ["--predict", "folder"], "by which normal images?"),
     "predict empty": ("knn", ["--predict", "folder"], "--predict folder: expected a photo"),
     "load a folder": ("knn", ["--load", "folder"], "folder: Is a directory: expected a file"),
-    "data is a file": ("knn", ["--data", "file.txt"], "file.txt: expected the folder train/good"),
     "empty path": ("knn", ["--predict", ""], "--predict: is empty: expected a path"),
-    "empty data": ("knn", ["--data", ""], "--data: is empty: expected a path"),
     "rate that explodes": ("dfr", ["--steps", "40", "--learning-rate", "1e30"], "lower it"),
 }
 

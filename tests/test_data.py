@@ -49,6 +49,9 @@ def test_transparency_is_shown_on_white(tmp_path, gradient):
     found = saved(tmp_path / "a.png", Image.fromarray(np.dstack([gradient, alpha])))
     np.testing.assert_array_equal(found[:, :30], gradient[:, :30])
     assert (found[:, 30:] == 255).all()
+    for name in ("a.tga", "a.bmp"):  # an alpha that hides all is none
+        clear = Image.fromarray(np.dstack([gradient, 0 * alpha]))
+        np.testing.assert_array_equal(saved(tmp_path / name, clear), gradient)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -136,27 +139,16 @@ def test_what_pillow_has_scaled_or_cut_is_not_scaled_again():
 
 def test_odd_metadata_does_not_veto_pixels(tmp_path, gradient):
     """Orientation 6 beside a rational of -1/0, which Pillow can't write back; orientation 9."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    content = exif.tobytes()
-    entries = [(0x0112, 3, 1, 6), (0x011A, 10, 1, 38)]  # the second one points at -1/0
-    tiff = b"II*\0" + (8).to_bytes(4, "little") + (2).to_bytes(2, "little")
-    for tag, kind, count, value in entries:
-        tiff += b"".join(n.to_bytes(size, "little") for n, size in
-                         [(tag, 2), (kind, 2), (count, 4), (value, 4)])  # fmt: skip
-    tiff += bytes(4) + b"\xff\xff\xff\xff\0\0\0\0"
+    content = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2)  # two tags from byte 8 on
+    content += struct.pack("<HHII", 0x0112, 3, 1, 6)
+    content += struct.pack("<HHII", 0x011A, 10, 1, 38)  # which points at -1/0
+    content += bytes(4) + struct.pack("<ii", -1, 0)
     image = Image.fromarray(gradient)
-    assert content[:6] == b"Exif\0\0"
-    found = saved(tmp_path / "a.png", image, exif=b"Exif\0\0" + tiff)
+    found = saved(tmp_path / "a.png", image, exif=content)
     np.testing.assert_array_equal(found, np.rot90(gradient, -1))
+    exif = Image.Exif()
     exif[0x0112] = 9
     np.testing.assert_array_equal(saved(tmp_path / "b.png", image, exif=exif), gradient)
-
-
-@pytest.mark.parametrize("suffix", ["tga", "bmp"])
-def test_an_alpha_that_hides_all_is_none(tmp_path, gradient, suffix):
-    clear = Image.fromarray(np.dstack([gradient, np.zeros((40, 60), np.uint8)]))
-    np.testing.assert_array_equal(saved(tmp_path / f"a.{suffix}", clear), gradient)
 
 
 def test_masks_of_any_mode_are_what_a_viewer_shows(tmp_path):
@@ -278,23 +270,13 @@ def test_frames_beyond_the_first_are_named(tmp_path, capsys, gradient):
     assert "a.tif: holds 2 frames or pages" in capsys.readouterr().err
 
 
-def test_the_whole_image_is_squeezed_not_cropped():
-    image = Image.fromarray(np.tile(np.linspace(0, 255, 400).astype(np.uint8), (300, 1)))
-    found = common.prepare(image.convert("RGB"), 256, 0)
-    assert found.shape == (3, 256, 256)
-    assert found[0, :, 0].max() < 3
-    assert found[0, :, -1].min() > 252
-
-
-def test_small_photos_are_enlarged_as_by_torchvision(tmp_path, capsys, gradient):
+def test_small_photos_are_enlarged_and_thin_ones_refused(tmp_path, capsys, gradient):
     (tmp_path / "good").mkdir()
     paths = [tmp_path / "good" / name for name in ("a.png", "b.png")]
     for path in paths:
         Image.fromarray(gradient).save(path)  # 60 x 40
     split, errors = load_split(paths)
-    steps = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
-    expected = np.asarray(steps(Image.fromarray(gradient)))
-    np.testing.assert_array_equal(split.images[1].permute(1, 2, 0).numpy(), expected)
+    assert torch.equal(split.images[1], common.prepare(Image.fromarray(gradient)))
     assert not errors
     err = capsys.readouterr().err
     assert err.startswith(f"2 photos are enlarged to 224 x 224: {paths[0]}, ")
@@ -349,17 +331,15 @@ def test_different_parts_of_two_products_are_no_copies(generator, capsys, sizes)
     assert [path.stem for path in rest.paths] == [f"{i:03d}" for i in range(0, len(triple), 3)]
 
 
-def test_a_slow_drift_is_no_chain_of_copies(generator):
+def test_photos_that_differ_stay_and_nothing_is_said(generator, capsys):
+    """Of several parts, of one part under noise, and of a slow drift, which is no chain."""
     start, end = photos(2, 0, generator).float()
     share = torch.linspace(0, 1, 50).view(50, 1, 1, 1)
-    drift = photos(50, 0, generator, start + share * (end - start))
-    assert len(common.without_copies(split_of(drift), split_of(drift[:0])).images) == 50
-
-
-def test_photos_that_differ_stay_and_nothing_is_said(generator, capsys):
-    for images in (photos(20, 3, generator), photos(20, 3, generator, torch.full((1,), 90.0))):
-        train = split_of(images)  # of several parts, and of one part under noise
-        assert torch.equal(common.without_copies(train, split_of(images[:0])).images, images)
+    drift = start + share * (end - start)
+    for base, noise in [(None, 3), (torch.full((1,), 90.0), 3), (drift, 0)]:
+        images = photos(50, noise, generator, base)
+        rest = common.without_copies(split_of(images), split_of(images[:0]))
+        assert torch.equal(rest.images, images)
     assert capsys.readouterr().err == ""
 
 
@@ -515,16 +495,17 @@ def test_all_that_is_broken_is_named_at_once(tmp_path, gradient):
     assert str(error.value).index("2.png") < str(error.value).index("4.png")
 
 
-@pytest.mark.parametrize("size", [(300, 260), (260, 300), (256, 256)])
-def test_image_and_mask_go_through_the_same_geometry(size):
-    run = 256, 224
-    square = np.zeros(size[::-1], np.uint8)
-    square[100:160, 90:170] = 255
-    mask = common.prepare(Image.fromarray(square), *run, is_mask=True)[0]
-    image = common.prepare(Image.fromarray(square).convert("RGB"), *run)
-    assert image.shape == (3, 224, 224)
+@pytest.mark.parametrize("crop", [224, 0])
+@pytest.mark.parametrize("size", [(300, 260), (260, 300), (256, 256), (60, 40)])
+def test_image_and_mask_go_through_torchvisions_geometry(size, crop):
+    width, height = size
+    square = np.zeros((height, width), np.uint8)
+    square[height // 3 : height // 2, width // 3 : width // 2] = 255
+    mask = common.prepare(Image.fromarray(square), 256, crop, is_mask=True)[0]
+    image = common.prepare(Image.fromarray(square).convert("RGB"), 256, crop)
     assert set(mask.unique().tolist()) == {0, 255}
     assert ((mask > 0) ^ (image[0] > 127)).sum() < 0.02 * (mask > 0).sum()
-    steps = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
-    expected = np.asarray(steps(Image.fromarray(square).convert("RGB")))
-    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
+    steps = [transforms.Resize(256), transforms.CenterCrop(224)]
+    squeezed = [transforms.Resize((256, 256))]
+    expected = transforms.Compose(steps if crop else squeezed)(Image.fromarray(square))
+    np.testing.assert_array_equal(image, [np.asarray(expected)] * 3)

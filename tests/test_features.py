@@ -1,6 +1,5 @@
 """ResNet hooks against a forward pass written out, weights files, and the training helpers."""
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -20,15 +19,18 @@ def pixels(generator):
     return torch.randint(256, (5, 3, 64, 64), generator=generator).byte()
 
 
+def normalized(pixels):
+    mean, std = ([[[m]] for m in v] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    return (pixels / 255 - torch.tensor(mean)) / torch.tensor(std)
+
+
 @pytest.mark.parametrize("layers", [["layer3", "layer2"], ["layer1"], ["stem", "layer1"]])
 def test_hooks_equal_a_forward_pass_written_out(pixels, layers):
     backbone = common.load_backbone("resnet18", "random")
     backbone.batch_size = 4
     batches = list(common.extract(backbone, layers, pixels))
     outputs = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-
-    mean, std = ([[[m]] for m in v] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    x = (pixels / 255 - torch.tensor(mean)) / torch.tensor(std)
+    x = normalized(pixels)
     torch.manual_seed(0)
     resnet = torchvision.models.resnet18(weights=None).eval()
     resnet.stem = lambda x: resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(x))))
@@ -57,50 +59,10 @@ def test_a_batch_of_large_images_takes_the_memory_of_small_ones(generator):
     torch.testing.assert_close(torch.cat([o for (o,) in batches]), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_weights_file_is_loaded(tmp_path, pixels):
-    torch.manual_seed(5)
-    saved = torchvision.models.resnet18(weights=None).eval()
-    torch.save(saved.state_dict(), tmp_path / "weights.pth")
-    loaded = common.load_backbone("resnet18", tmp_path / "weights.pth")
-    assert loaded.label == "resnet18, weights.pth weights"
-    (found,) = next(common.extract(loaded, ["layer4"], pixels))
-    mean, std = ([[[m]] for m in v] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    saved.fc = saved.avgpool = torch.nn.Identity()
-    with torch.no_grad():
-        expected = saved((pixels / 255 - torch.tensor(mean)) / torch.tensor(std))
-    torch.testing.assert_close(found.flatten(1), expected, rtol=1e-4, atol=1e-4)
-
-
-def damaged(change):
-    state = torchvision.models.resnet18(weights=None).state_dict()
-    change(state)
-    return state
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (damaged(lambda s: s.pop("bn1.bias")), 'Missing key(s) in state_dict: "bn1.bias"'),
-        (damaged(lambda s: s.update({"layer1.2.bias": torch.ones(1)})), '"layer1.2.bias"'),
-        (damaged(lambda s: s.update({"conv1.weight": torch.ones(2)})), "mismatch for conv1.weight"),
-        ({"args": argparse.Namespace(), "model": {}}, "more than tensors in it: expected a .pt"),
-        (damaged(lambda s: s["bn1.bias"].fill_(torch.nan)), "holds NaN or infinity: get it again"),
-        ([1, 2], "damaged or foreign file, or more"),
-        ({"model": "resnet18"}, "Missing key(s) in state_dict"),
-        (torchvision.models.resnet50(weights=None).state_dict(), "pass the --backbone that"),
-        (torchvision.models.resnet34(weights=None).state_dict(), "pass the --backbone that"),
-    ],
-)  # fmt: skip
-def test_a_wrong_weights_file_names_the_first_mismatch(tmp_path, content, message):
-    torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(common.UserError) as error:
-        common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
-    assert message in str(error.value)
-
-
 def loaded_features(folder, content, pixels):
     torch.save(content, folder / "weights.pth")
-    backbone = common.load_backbone("resnet18", str(folder / "weights.pth"))
+    backbone = common.load_backbone("resnet18", folder / "weights.pth")
+    assert backbone.label == "resnet18, weights.pth weights"
     return next(common.extract(backbone, ["layer4"], pixels))[0]
 
 
@@ -111,6 +73,39 @@ def plainly_saved(tmp_path_factory):
     state = torchvision.models.resnet18(weights=None).state_dict()
     pixels = torch.randint(256, (5, 3, 64, 64)).byte()
     return state, pixels, loaded_features(tmp_path_factory.mktemp("weights"), state, pixels)
+
+
+def test_weights_file_is_loaded(plainly_saved):
+    state, pixels, features = plainly_saved
+    network = torchvision.models.resnet18(weights=None).eval()
+    network.load_state_dict(state)
+    network.fc = network.avgpool = torch.nn.Identity()
+    with torch.no_grad():
+        expected = network(normalized(pixels))
+    torch.testing.assert_close(features.flatten(1), expected, rtol=1e-4, atol=1e-4)
+
+
+class Attack:
+    def __reduce__(self):
+        return pytest.fail, ("code from the file was run",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {name: s[name] for name in s if name != "bn1.bias"}, 'Missing .* "bn1.bias"'),
+        (lambda s: s | {"layer1.2.bias": torch.ones(1)}, '"layer1.2.bias"'),
+        (lambda s: s | {"conv1.weight": torch.ones(2)}, "mismatch for conv1.weight"),
+        (lambda s: s | {"conv1.weight": Attack()}, "more than tensors in it: expected a .pt"),
+        (lambda s: s | {"bn1.bias": torch.full((64,), torch.nan)}, "holds NaN or infinity: get it"),
+        (lambda s: [1, 2], "damaged or foreign file, or more"),
+        (lambda s: {"model": "resnet18"}, "Missing key"),
+        (lambda s: torchvision.models.resnet34().state_dict(), "pass the --backbone that"),
+    ],
+)
+def test_a_wrong_weights_file_names_the_first_mismatch(tmp_path, plainly_saved, change, message):
+    with pytest.raises(common.UserError, match=message):
+        loaded_features(tmp_path, change(plainly_saved[0]), None)
 
 
 def wrapped(state, key=None, prefix=""):
@@ -155,24 +150,15 @@ def test_weights_of_the_hub(tmp_path, plainly_saved):
         common.load_backbone("resnet18", str(tmp_path / "w.safetensors"))
 
 
-def test_a_weights_file_runs_no_code(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return (pytest.fail, ("code from the file was run",))
-
-    torch.save({"conv1.weight": Attack()}, tmp_path / "weights.pth")
-    with pytest.raises(common.UserError, match="more than tensors in it: expected"):
-        common.load_backbone("resnet18", str(tmp_path / "weights.pth"))
-
-
 def test_to_maps_equals_pillow_and_scipy(generator):
-    grids = torch.rand(2, 7, 7, generator=generator)
-    maps = common.to_maps(grids, 56)
-    for grid, found in zip(grids, maps, strict=True):
+    grids = torch.rand(9, 28, 28, generator=generator)
+    maps = common.to_maps(grids, 224)
+    for i, (grid, found) in enumerate(zip(grids, maps, strict=True)):
         # Pillow's enlargement is bilinear with the same alignment of pixel centers.
-        large = Image.fromarray(grid.numpy()).resize((56, 56), Image.Resampling.BILINEAR)
+        large = Image.fromarray(grid.numpy()).resize((224, 224), Image.Resampling.BILINEAR)
         expected = ndimage.gaussian_filter(np.asarray(large), 4)
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+        assert torch.equal(common.to_maps(grids[i : i + 1], 224)[0], found)  # alone as among many
 
 
 def test_images_are_averaged_where_they_shrink(generator):
@@ -265,8 +251,3 @@ def test_what_is_no_batch_of_images_is_refused(pixels):
     for wrong in (pixels / 255, pixels[0], pixels[:, :1], pixels[..., :32]):
         with pytest.raises(ValueError, match=r"images: expected \(N, 3, S, S\) uint8, got \("):
             common.forward(backbone, ["layer1"], wrong)
-
-
-def test_maps_are_the_same_for_one_image_and_for_many(generator):
-    grids = torch.rand(9, 28, 28, generator=generator)
-    assert torch.equal(common.to_maps(grids, 224)[4], common.to_maps(grids[4:5], 224)[0])

@@ -15,7 +15,7 @@ import common
 
 import pytest
 import torch
-from test_coreset import naive_greedy
+from test_coreset import check_picks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def kernels(request, library, monkeypatch):
 def check_search(queries, rows, k, keep=None):
     """The search by the kernel is the plain one in float64."""
     keep = torch.ones(len(rows), dtype=torch.bool) if keep is None else keep
-    distances, indices = common.MemoryBank(rows).only(keep).nearest(queries, k)
+    distances, indices = common.MemoryBank(rows, "cupy").only(keep).nearest(queries, k)
     places = keep.nonzero()[:, 0]
     expected, nearest = common.plain_nearest_neighbors(queries, rows[keep], k)
     assert torch.equal(indices, places[nearest])
@@ -118,20 +118,11 @@ def test_hard_rows_on_the_processor(kernels, generator, scale, k):
         check_search(scale * queries[:3], scale * rows, k)
 
 
-def check_coreset(features, size):
-    picks, assignment, distances = common.greedy_coreset(features, size, with_cover=True)
-    assert picks.tolist() == naive_greedy(features, size, picks[0].item())
-    exact = torch.cdist(features.double(), features[picks].double())
-    assert torch.equal(assignment, exact.argmin(1))
-    torch.testing.assert_close(distances, exact.amin(1).float(), rtol=1e-6, atol=1e-6)
-    return len(picks)
-
-
 @pytest.mark.parametrize(("rows", "columns", "size"), [(300, 3, 90), (400, 130, 60), (33, 8, 33)])
 def test_coreset_on_the_processor(kernels, monkeypatch, generator, rows, columns, size):
     monkeypatch.setattr(common, "FRONTIER", 70)
     features = torch.randn(rows, columns, generator=generator)
-    check_coreset(features, size)
+    check_picks(features, size)
     frontiers = kernels.count("find_nearest")
     assert kernels == ["find_nearest", "pick_inside"] * frontiers
     assert frontiers < size / 4
@@ -165,8 +156,8 @@ def test_coreset_with_ties_on_the_processor(kernels, monkeypatch):
     monkeypatch.setattr(common, "FRONTIER", 20)
     grid = torch.cartesian_prod(*[torch.arange(3.0)] * 3).repeat(3, 1)
     features = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))]
-    check_coreset(features, 81)
-    check_coreset(torch.ones(40, 2), 40)
+    check_picks(features, 81)
+    check_picks(torch.ones(40, 2), 40)
 
 
 def test_cpu_tensors_never_reach_cupy(monkeypatch, generator):
@@ -198,10 +189,7 @@ def test_search_on_a_gpu_equals_the_plain_one(columns, k):
     for scale, offset in [(1, 0), (1e-12, 0), (1e12, 0), (1, 1000), (0, 1)]:
         rows, wanted = scale * bank + offset, scale * queries + offset
         for mask in (keep, torch.ones_like(keep)):
-            distances, indices = common.MemoryBank(rows, "cupy").only(mask).nearest(wanted, k)
-            expected, nearest = common.plain_nearest_neighbors(wanted, rows[mask], k)
-            assert torch.equal(indices, mask.nonzero()[:, 0][nearest])
-            torch.testing.assert_close(distances, expected.float(), rtol=1e-6, atol=0)
+            check_search(wanted, rows, k, mask)
 
 
 @needs_gpu
