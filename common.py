@@ -2004,14 +2004,12 @@ def check_room(options, backbone, images: torch.Tensor) -> None:
     """Stops a run whose memory bank has no room where --save wants it, before the fit."""
     outputs = next(extract(backbone, options.layers, images[:1]))
     columns = sum(output.shape[1] for output in outputs)
-    rows = len(images) * outputs[0][0, 0].numel() * options.coreset
-    takes = 4 * columns * rows / 2**30
+    rows = options.coreset * len(images) * outputs[0].shape[2] ** 2
+    needed = 4 * columns * rows / 2**30
     free = shutil.disk_usage(options.save.resolve().parent).free / 2**30
-    if takes > free and not options.save.is_char_device():  # as /dev/null is
-        raise UserError(
-            f"--save {options.save}: takes {takes:.3g} GiB, and {free:.3g} are free there: choose "
-            "another place, or lower --coreset"
-        )
+    if needed > free and not options.save.is_char_device():  # as /dev/null is
+        there = f"takes {needed:.3g} GiB, and {free:.3g} are free there"
+        raise UserError(f"--save {options.save}: {there}: save elsewhere, or lower --coreset")
 
 
 def read_options(method: str, description: str, add_options, fit):
@@ -2082,22 +2080,20 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     either = parser.add_mutually_exclusive_group().add_argument
     either("--save", type=path, default=None, help="write the fitted model")
     either("--load", type=path, default=None, help="use a saved model instead of fitting")
-    photos = "photos to judge: CSV to stdout"
-    add("--predict", type=path, nargs="+", default=[], metavar="PHOTO", help=photos)
+    add("--predict", type=path, nargs="+", default=[], metavar="PHOTO", help="judge: CSV to stdout")
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
     count = number(int, 1, 4096)
     add("--batch-size", type=count, default=16, help="images of 224 x 224 at once (16)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    alarms = "share of normal images that the threshold may report (0.05, or that of the fit)"
-    add("--false-alarm-rate", type=number(float, 1e-6, 0.5), help=alarms)
+    alarms = number(float, 1e-6, 0.5)
+    add("--false-alarm-rate", type=alarms, help="asked (0.05, or that of the fit)")
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
     add("--weights", help="imagenet (default), random or a .pth or .safetensors file")
-    resnets = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
-    names = "any torchvision ResNet (resnet50) or efficientnet_lite0 (default of the practice pill)"
-    add("--backbone", choices=[*resnets, "efficientnet_lite0"], metavar="B", help=names)
+    names = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
+    names += ["efficientnet_lite0"]  # default of the practice pill
+    add("--backbone", choices=names, metavar="B", help="a ResNet (resnet50) or efficientnet_lite0")
     add("--resize", type=number(int, 32, 4096), help="shorter side in pixels (256)")
-    crop = "side of the square that is cut from the center (224); 0: squeeze the whole photo"
-    add("--crop", type=number(int, 0, 4096), help=crop)
+    add("--crop", type=number(int, 0, 4096), help="center square (224); 0: squeeze the whole photo")
     add("--bits", type=number(int, 8, 16), help="bits that a deeper PNG or TIFF file uses (16)")
     add("--seed", type=number(int, 0, 2**32 - 1), help="of all that is random (0)")
     add_options(add)
