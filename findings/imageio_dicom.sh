@@ -39,6 +39,7 @@ def write(name, series, value):
     photo.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     photo.update({"SOPClassUID": XRayImageStorage, "SOPInstanceUID": f"1.2.3.{series}.1"})
     photo.update({"StudyInstanceUID": "1.2.3", "SeriesInstanceUID": f"1.2.3.{series}"})
+    photo.InstanceNumber = 1
     photo.update({"Rows": 16, "Columns": 16, "SamplesPerPixel": 1, "PixelRepresentation": 0})
     photo.update({"BitsAllocated": 16, "BitsStored": 16, "HighBit": 15})
     photo.PhotometricInterpretation = "MONOCHROME2"
@@ -65,3 +66,6 @@ for name, value in held.items():
     assert by_v3 == ((16, 16), [300])  # the series of c.dcm has the lowest UID
 PY
 # Seen:
+#   a.dcm holds 100: v3 ((16, 16), [300]), v2 ((16, 16), [100])
+#   b.dcm holds 200: v3 ((16, 16), [300]), v2 ((16, 16), [200])
+#   c.dcm holds 300: v3 ((16, 16), [300]), v2 ((16, 16), [300])
