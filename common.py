@@ -377,6 +377,14 @@ def open_upright(source, bits=16) -> Image.Image:
         in_planes = tags.get(284) == 2
         if 16 in tags.get(258, ()) and (is_negative or in_planes):
             raise ValueError("expected 16 bits with 0 as black, and colors pixel by pixel")
+        is_compressed = "libtiff" in str(image.tile)
+        if is_compressed and image.mode in ("I", "F") and tags.prefix == b"MM":  # bytes reversed
+            raise ValueError("expected unsigned 16 bits, or big-endian numbers not compressed")
+        if image.format == "JPEG2000" and image.mode not in ("L", "I;16"):  # white is black
+            image.fp.seek(0)
+            size_marker = image.fp.read().partition(b"\xff\x4f\xff\x51")[2]
+            if size_marker[38] % 128 > 7:  # bits - 1
+                raise ValueError("expected JPEG 2000 colors of 8 bits")
         if bits < 16 and re.search("[^I];16", str(image.tile)):
             raise ValueError(f"colors in {bits} of 16 bits, expected scaled to all 16, or to 8")
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":

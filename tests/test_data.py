@@ -1,5 +1,6 @@
 """Images of every kind, geometry of images and masks, and the practice pill."""
 
+import base64
 import io
 import os
 import shutil
@@ -84,16 +85,18 @@ def png16(colors):
     return file
 
 
-def tiff16(colors, planes=1, photometric=2):
+def tiff16(colors, planes=1, photometric=2, order="<", compression=1):
     """The same of a TIFF."""
     height, width, channels = colors.shape
-    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    pixels = zlib.compress(colors.tobytes()) if compression == 8 else colors.tobytes()
+    tags = TiffImagePlugin.ImageFileDirectory_v2(prefix={"<": b"II", ">": b"MM"}[order])
     tags[256], tags[257], tags[278] = width, height, height
-    tags[258], tags[262] = (16,) * channels, photometric
+    tags[258], tags[262] = (8 * colors.itemsize,) * channels, photometric
     tags[277], tags[284] = channels, planes
-    tags[273], tags[279] = 0, colors.nbytes  # the pixels begin where the tags end
+    tags[259], tags[339] = compression, (1 + (colors.dtype.kind == "i"),) * channels
+    tags[273], tags[279] = 0, len(pixels)  # the pixels begin where the tags end
     tags.save(file := io.BytesIO())
-    return file.getvalue() + colors.tobytes()
+    return file.getvalue() + pixels
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -135,6 +138,32 @@ def test_what_pillow_has_scaled_or_cut_is_not_scaled_again():
     for bits in (7, 17):
         with pytest.raises(ValueError, match=f"bits is {bits}, expected 8 to 16"):
             common.read_image(values, bits)
+
+
+# 8 x 8 pixels of 16 bits a color, the right half white, by OpenJPEG, as imagecodecs calls it.
+JPEG2000 = base64.b85decode(
+    "|4;u>051Rl000080000800000000000000800008000000000000R#J0S^HI4*>!HQUDA90003200aa80smY81VDiQWB?@"
+    "q0Yh?SVRU6=AYyqSPjF>!N>D{dAa-SPb7^mGATlmBE;Rp;015yA0001F00IA#&-^h!5l}}7oQd#I0001E&3W;)Y5Nh)hvv"
+    "icVfnE9*nVt3HXoZ0&4=d0^I`e0{MdeMKQ<u=dl85L1^Ar0qiWOkBbyJ+hvvicVfnE9*nVt3fPnwm"
+)
+
+
+def test_deep_files_that_pillow_reads_wrongly_are_refused(tmp_path):
+    """White of deep JPEG 2000 colors is black to it, and it reverses big-endian bytes."""
+    assert Image.open(io.BytesIO(JPEG2000)).convert("L").getextrema() == (0, 4)
+    with pytest.raises(common.UserError, match="expected JPEG 2000 colors of 8 bits: replace it"):
+        common.read_image(JPEG2000)
+    Image.new("RGB", (9, 9), "white").save(file := io.BytesIO(), "JPEG2000")
+    assert common.read_image(file.getvalue()).getextrema() == ((255, 255),) * 3
+    for kind in ("uint16", "int16", "int32"):
+        for order, compression in [(">", 8), (">", 1), ("<", 8)]:
+            values = np.full((8, 8, 1), 200).astype(np.dtype(kind).newbyteorder(order))
+            (tmp_path / "mask.tif").write_bytes(tiff16(values, 1, 1, order, compression))
+            if kind != "uint16" and (order, compression) == (">", 8):
+                with pytest.raises(common.UserError, match="expected unsigned 16 bits, or big-end"):
+                    common.read_mask(tmp_path / "mask.tif")
+            else:
+                assert common.read_mask(tmp_path / "mask.tif").all()
 
 
 def test_odd_metadata_does_not_veto_pixels(tmp_path, gradient):
