@@ -38,7 +38,7 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -594,7 +594,7 @@ def read_weights(name: str, source: str) -> dict:
     failed = "--weights imagenet: the download failed or is damaged"
     console = sys.stderr or io.StringIO()  # stdout is for results
     try:
-        with explained(failed, ways_out), redirect_stdout(console):
+        with explained(failed, ways_out), redirect_stdout(console), redirect_stderr(console):
             return weights.get_state_dict(progress=bool(sys.stderr))
     finally:
         socket.setdefaulttimeout(timeout)
