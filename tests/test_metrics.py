@@ -86,9 +86,10 @@ def test_masks_of_integers_are_labeled_unless_they_number_regions(maps_and_masks
         assert common.pixel_auroc(maps, ready) == common.pixel_auroc(maps, masks)
         assert common.au_pro(maps[1], ready[1]) == common.au_pro(maps[1], masks[1])
     assert common.au_pro(maps[1], masks[1]) == common.au_pro(maps[1:2], masks[1:2])
-    for wrong in (masks * 1.0, masks[:2], masks[..., :9]):
+    last = maps[..., None], masks[..., None]
+    for pair in [(maps, masks * 1.0), (maps, masks[:2]), (maps, masks[..., :9]), last]:
         with pytest.raises(ValueError, match="expected equal shapes, maps without NaN, and masks"):
-            common.au_pro(maps, wrong)
+            common.au_pro(*pair)
     with pytest.raises(ValueError, match="without NaN"):
         common.pixel_auroc(np.where(maps > 2, np.nan, maps), masks)
 
