@@ -2101,13 +2101,14 @@ def build_parser(description: str, add_options) -> argparse.ArgumentParser:
     either = parser.add_mutually_exclusive_group().add_argument
     either("--save", type=path, default=None, metavar="FILE", help="write the fitted model")
     either("--load", type=path, default=None, metavar="FILE", help="instead of a fit")
-    add("--predict", type=path, nargs="+", default=[], metavar="PHOTO", help="judge: CSV to stdout")
+    photos = "photos or folders to judge: CSV to stdout"
+    add("--predict", type=path, nargs="+", default=[], metavar="PHOTO", help=photos)
     add("--pictures", choices=["all", "defects", "none"], default="all", help="of --predict (all)")
     count = number(int, 1, 4096)
     add("--batch-size", type=count, default=16, help="images of 224 x 224 at once (16)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     alarms = number(float, 1e-6, 0.5)
-    add("--false-alarm-rate", type=alarms, help="asked (0.05, or that of the fit)")
+    add("--false-alarm-rate", type=alarms, help="for normal images (0.05, or the fit's)")
     add = parser.add_argument_group("fixed at the fit, read from the file with --load").add_argument
     add("--weights", type=path, help="imagenet (default), random or a .pth or .safetensors file")
     names = torchvision.models.list_models(torchvision.models, ["res*", "wide_res*"])
