@@ -144,7 +144,7 @@ def atomic(path: Path):
         if path.exists() and not path.is_file():
             yield path
             return
-        target = path.resolve()
+        target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as folder:
             unfinished = Path(folder, "unfinished")
