@@ -387,9 +387,9 @@ def snippets():
 
 def test_the_readme_judges_one_photo(run_script, original_pill, capfd):
     arguments = ["--data", original_pill, *small("patchcore"), "--save", "my_part.pt"]
-    assert run_script("patchcore", *arguments)[0] == 0
+    run_script("patchcore", *arguments)
     photo = original_pill / "test/combined/000.jpg"
-    _, out, _ = run_script("patchcore", "--load", "my_part.pt", "--predict", photo)
+    out, _ = run_script("patchcore", "--load", "my_part.pt", "--predict", photo)
     assert len(snippets()[0].strip().splitlines()) <= 6
     for source in (photo, np.asarray(Image.open(photo))):
         names = {"photo": source}
