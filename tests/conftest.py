@@ -53,7 +53,6 @@ def small_backbone(method="patchcore", seed=0, batch_size=16):
 def load_split(paths):
     """(`Split`, errors) of files, with its remarks on stderr."""
     errors = []
-    paths = list(paths)
     masks = common.find_masks(paths[0].parents[2], errors.append)
     return common.load_split(paths, 256, 224, 16, errors.append, masks), errors
 

@@ -383,7 +383,7 @@ def test_old_pictures_do_not_stay_among_the_new(run_script, model_file, pill, tm
     photo.with_suffix("").write_bytes(b"broken since")
     _, err = run_script("knn", *judge, "--pictures", "defects", code=1)
     assert ("\n1 errors: see above" in err, pictures[0].exists()) == (True, False)
-    run_script("knn", *judge, "--pictures", "none")
+    run_script("knn", *judge, "--pictures", "none", code=1)
     assert not list((tmp_path / "results/knn").rglob("*.png"))
 
 
