@@ -65,8 +65,7 @@ def check_run(method, run_script, pill, tmp_path):
     caught = [f"  {metrics['reported']} of 7\n", f"  {metrics['false_alarms']} of 3\n"]
     for text in ("defect type", "crack", "all methods so far", "files in results/", *caught):
         assert text in out
-    no_backbone = method == "autoencoder"
-    weights = "no pretrained weights" if no_backbone else "resnet18, random weights"
+    weights = "no pretrained weights" if method == "autoencoder" else "resnet18, random weights"
     assert f"{method} on {pill}, {weights}" in out
     assert metrics["weights"] == weights
     # A healthy set is not remarked on: what is looked at, not kept, few images, the threshold.

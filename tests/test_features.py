@@ -140,14 +140,13 @@ def test_of_several_networks_the_one_that_is_taken_is_named(tmp_path, plainly_sa
 
 def test_weights_of_the_hub(tmp_path, plainly_saved):
     state, pixels, features = plainly_saved
-    save_file(
-        {f"backbone.{name}": tensor for name, tensor in state.items()}, tmp_path / "w.safetensors"
-    )
-    backbone = common.load_backbone("resnet18", str(tmp_path / "w.safetensors"))
+    path = tmp_path / "w.safetensors"
+    save_file({f"backbone.{name}": tensor for name, tensor in state.items()}, path)
+    backbone = common.load_backbone("resnet18", str(path))
     assert torch.equal(next(common.extract(backbone, ["layer4"], pixels))[0], features)
-    (tmp_path / "w.safetensors").write_bytes(b"no tensors")
+    path.write_bytes(b"no tensors")
     with pytest.raises(common.UserError, match=r"w\.safetensors: damaged or foreign file"):
-        common.load_backbone("resnet18", str(tmp_path / "w.safetensors"))
+        common.load_backbone("resnet18", str(path))
 
 
 def test_to_maps_equals_pillow_and_scipy(generator):
