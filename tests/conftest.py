@@ -36,16 +36,13 @@ SHORT = {  # what keeps each method's own work short, as arguments of `fit`
     "knn": {"neighbors": 3},
     "patchcore": {"coreset": 0.2, "neighbors": 3},
 }
-QUICK = {  # the same on the command line
-    method: [text for name, value in short.items() for text in (f"--{name}", str(value))]
-    for method, short in SHORT.items()
-}
-SMALL_NONE = [*SMALL[:2], *SMALL[4:]]  # of the autoencoder, which takes no backbone
 
 
 def small(method):
     """The arguments of a small and quick run."""
-    return [*(SMALL_NONE if method == "autoencoder" else SMALL), *QUICK[method]]
+    options = [f"--{name}={value}" for name, value in SHORT[method].items()]
+    # The autoencoder takes no backbone.
+    return (SMALL[:2] + SMALL[4:] if method == "autoencoder" else SMALL) + options
 
 
 def small_backbone(method="patchcore", seed=0, batch_size=16):
@@ -53,12 +50,11 @@ def small_backbone(method="patchcore", seed=0, batch_size=16):
     return common.load_backbone(name, "random", seed, batch_size=batch_size)
 
 
-def load_split(paths, resize=256, crop=224):
+def load_split(paths):
     """(`Split`, errors) of files, with its remarks on stderr."""
     errors = []
-    paths = list(paths)
     masks = common.find_masks(paths[0].parents[2], errors.append)
-    return common.load_split(paths, resize, crop, 16, errors.append, masks), errors
+    return common.load_split(paths, 256, 224, 16, errors.append, masks), errors
 
 
 def search_memory(*searches) -> list[int]:
@@ -99,36 +95,38 @@ def pill(original_pill, tmp_path):
     return Path(shutil.copytree(original_pill, tmp_path / "pill"))
 
 
+def run(method, *arguments):
+    """Runs a script as `python script.py *arguments` would, in this process."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(sys, "argv", [str(SCRIPTS[method]), *map(str, arguments)])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 @pytest.fixture(scope="session")
 def fitted(original_pill, tmp_path_factory):
     """A model of k-NN, fitted once."""
     folder = tmp_path_factory.mktemp("fitted")
-    command = [SCRIPTS["knn"], "--data", original_pill, *small("knn"), "--out", folder]
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(sys, "argv", [*map(str, command), "--save", str(folder / "m.pt")])
-        runpy.run_path(str(SCRIPTS["knn"]), run_name="__main__")
+    model = ["--out", folder, "--save", folder / "m.pt"]
+    run("knn", "--data", original_pill, *small("knn"), *model)
     return folder / "m.pt"
 
 
 @pytest.fixture
 def run_script(monkeypatch, capfd, tmp_path):
-    """Runs a script as `python script.py *arguments` would, in this process.
-
-    Returns (exit code, stdout, stderr). The working folder is the test's own.
-    """
+    """Runs a script in the test's own folder, to this exit code. Returns (stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(method, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPTS[method]), *map(str, arguments)])
-        code = 0
+    def run_to(method, *arguments, code=0):
+        ended = 0
         try:
-            runpy.run_path(str(SCRIPTS[method]), run_name="__main__")
+            run(method, *arguments)
         except SystemExit as exit:
-            code = exit.code
+            ended = exit.code
         captured = capfd.readouterr()
-        return code, captured.out, captured.err
+        assert ended == code, captured.err
+        return captured.out, captured.err
 
-    return run
+    return run_to
 
 
 def split(images):

@@ -140,14 +140,13 @@ def test_of_several_networks_the_one_that_is_taken_is_named(tmp_path, plainly_sa
 
 def test_weights_of_the_hub(tmp_path, plainly_saved):
     state, pixels, features = plainly_saved
-    save_file(
-        {f"backbone.{name}": tensor for name, tensor in state.items()}, tmp_path / "w.safetensors"
-    )
-    backbone = common.load_backbone("resnet18", str(tmp_path / "w.safetensors"))
+    path = tmp_path / "w.safetensors"
+    save_file({f"backbone.{name}": tensor for name, tensor in state.items()}, path)
+    backbone = common.load_backbone("resnet18", str(path))
     assert torch.equal(next(common.extract(backbone, ["layer4"], pixels))[0], features)
-    (tmp_path / "w.safetensors").write_bytes(b"no tensors")
+    path.write_bytes(b"no tensors")
     with pytest.raises(common.UserError, match=r"w\.safetensors: damaged or foreign file"):
-        common.load_backbone("resnet18", str(tmp_path / "w.safetensors"))
+        common.load_backbone("resnet18", str(path))
 
 
 def test_to_maps_equals_pillow_and_scipy(generator):
@@ -191,19 +190,16 @@ def test_lite0_is_the_packaged_network_stage_by_stage(generator):
     assert hashlib.sha256(path.read_bytes()).hexdigest() == seen
     network = EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(path, weights_only=True))
-    kept = {}
+    kept = []
     for block in (2, 4, 10, 15):
-        network._blocks[block].register_forward_hook(
-            lambda module, inputs, output, block=block: kept.update({block: output})
-        )
+        network._blocks[block].register_forward_hook(lambda *seen: kept.append(seen[-1]))
     with torch.no_grad():
         network((pixels.float() - 127) / 128)
     layers = ["layer1", "layer2", "layer3", "layer4"]
     (outputs,) = common.extract(common.load_backbone(LITE), layers, pixels)
-    for output, expected in zip(outputs, kept.values(), strict=True):
+    for output, expected in zip(outputs, kept, strict=True):
         torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
     assert [output.shape[1] for output in outputs] == [24, 40, 112, 320]
-    assert [64 // output.shape[2] for output in outputs] == [4, 8, 16, 32]
 
 
 @pytest.mark.parametrize("side", [64, 75, 100])

@@ -1,6 +1,7 @@
 """Hundreds of damaged files: each is read, or refused by a UserError, and nothing else happens."""
 
 import io
+from contextlib import suppress
 
 import common
 
@@ -33,19 +34,18 @@ def test_damaged_images(tmp_path, capfd):
     y, x = np.mgrid[:40, :60]
     image = Image.fromarray(np.stack([4 * x, 6 * y, 2 * (x + y)], axis=2).astype(np.uint8))
     seeds = []
+    images = [image.convert(mode) for mode in ("RGB", "L", "P", "1", "RGBA")]
+    images.append(Image.fromarray(np.asarray(images[1]).astype(np.uint16) * 200))
     for kind in sorted(Image.SAVE.keys() & Image.OPEN.keys()):
-        for mode in ("RGB", "L", "P", "1", "RGBA", "I;16"):
-            deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 200)
-            try:
-                converted = deep if mode == "I;16" else image.convert(mode)
+        for converted in images:  # until the format has such a mode
+            with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
                 converted.save(file := io.BytesIO(), kind)
                 seeds.append(file.getvalue())
                 break
-            except (OSError, ValueError, KeyError, AttributeError, TypeError):
-                continue  # this format has no such mode
     assert len(seeds) > 15
-    random, outcomes = np.random.default_rng(0), {"read": 0, "refused": 0}
+    random = np.random.default_rng(0)
     path = tmp_path / "image"
+    read = 0
     for i in range(300):
         path.write_bytes(mutated(seeds[i % len(seeds)], random))
         try:
@@ -53,11 +53,10 @@ def test_damaged_images(tmp_path, capfd):
             assert common.read_mask(path).dtype == bool
             pixels = common.prepare(found, 32, 32, path)
             assert (found.mode, pixels.shape, pixels.dtype) == ("RGB", (3, 32, 32), torch.uint8)
-            outcomes["read"] += 1
+            read += 1
         except common.UserError as error:
             if not str(error).startswith(f"{path}: ") or "\n" in str(error):
                 pytest.fail(str(error))
-            outcomes["refused"] += 1
-    assert min(outcomes.values()) > 50, outcomes
+    assert 50 < read < 250
     err = capfd.readouterr().err
     assert all("frames or pages" in line for line in err.splitlines()), err

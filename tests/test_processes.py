@@ -9,52 +9,45 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import common
 
 import pytest
-from conftest import ROOT, SCRIPTS, small
+from conftest import SCRIPTS, small
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
 
 FORKS = """
-import gc, json, os, resource, runpy, signal, sys
+import gc, json, os, runpy, signal, sys
 import common, torch
 
 gc.freeze()  # what the libraries made is not walked through at each child's end
-for job in json.loads(sys.argv[1]):
+for number, (arguments, first) in enumerate(json.loads(sys.argv[1])):
     child = os.fork()
     if child:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         continue
-    os.makedirs(job["cwd"], exist_ok=True)
-    os.chdir(job["cwd"])
+    os.makedirs(f"run{number}", exist_ok=True)
+    os.chdir(f"run{number}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for descriptor, name in enumerate(["/dev/null", job.get("stdout", "out"), "err"]):
+    for descriptor, name in enumerate(["/dev/null", "out", "err"]):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
-    exec(job.get("first", ""))
-    sys.argv = job["arguments"]
+    exec(first)
+    sys.argv = arguments
     runpy.run_path(sys.argv[0], run_name="__main__")
     break
 """
 
 
 def forked(folder, jobs):
-    """Runs scripts, one after another; returns (exit code, stderr, folder) of each.
-
-    jobs: dicts of arguments, and maybe stdout, a file, and first, what to execute before.
-    """
-    for number, job in enumerate(jobs):
-        job["cwd"] = str(folder / f"run{number}")
-        job["arguments"] = list(map(str, job["arguments"]))
-    command = [sys.executable, "-c", FORKS, json.dumps(jobs)]
-    importable = [str(ROOT), str(ROOT / "tests"), *sys.path]
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(importable)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=variables, check=True)
+    """Runs scripts, each with (arguments, code to execute before), one after another. Returns
+    (exit code, stderr, folder) of each."""
+    command = [sys.executable, "-c", FORKS, json.dumps(jobs, default=str)]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.check_output(command, cwd=folder, text=True, env=variables)
     folders = [folder / f"run{number}" for number in range(len(jobs))]
-    codes = map(int, done.stdout.split())
+    codes = map(int, done.split())
     # What is frozen above is never freed. Triton says so at the end of Python 3.13, by nanobind.
     errors = [(f / "err").read_text().split("nanobind:")[0] for f in folders]
     return list(zip(codes, errors, folders, strict=True))
@@ -96,6 +89,7 @@ def wrapper(*arguments, **settings):
 
 # As `| head -0` would.
 CLOSED_PIPE = "read, write = os.pipe(); os.dup2(write, 1); os.close(write); os.close(read)"
+FULL_DISK = "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
 
 
 def test_how_runs_end(pill, fitted, tmp_path):
@@ -105,12 +99,9 @@ def test_how_runs_end(pill, fitted, tmp_path):
     image.write_bytes(image.read_bytes()[:3000])
     # Six times, as it is a matter of luck: the other images are still worked on, in torch, when the
     # error comes. To end the interpreter under them would be an abort.
-    cases = [(fit("knn", cut), {"first": LINGER}, 2, "000.jpg: cannot be read as an image")] * 6
-
-    cases.append((judge, {"stdout": "/dev/full"}, 2, "error: stdout: No space left on device"))
-    closed = {"first": "os.close(1); sys.stdout = None"}
-    cases.append((judge, closed, 2, "error: stdout: is closed"))
-
+    cases = [(fit("knn", cut), LINGER, 2, "000.jpg: cannot be read as an image")] * 6
+    cases.append((judge, FULL_DISK, 2, "error: stdout: No space left on device"))
+    cases.append((judge, "os.close(1); sys.stdout = None", 2, "error: stdout: is closed"))
     for arguments, function, call in [  # Ctrl-C while a function is called for the so-manieth time
         (fit("patchcore", pill), "common.read_image", 5),
         (fit("patchcore", pill), "common.farthest_rows", 1),
@@ -118,31 +109,28 @@ def test_how_runs_end(pill, fitted, tmp_path):
         (fit("patchcore", pill), "common.save_picture", 2),
         (judge, "common.read_image", 4),
     ]:
-        first = {"first": INTERRUPT.format(function, call)}
+        first = INTERRUPT.format(function, call)
         cases.append((arguments, first, 130, "interrupted: nothing was left half-written"))
 
     # A broken photo, and a picture that cannot be written, do not stop the others.
-    own_folder = tmp_path / f"run{len(cases)}"
-    photos = own_folder / "photos"
-    photos.mkdir(parents=True)
+    photos = tmp_path / "photos"
+    photos.mkdir()
     for name in ("a", "b", "n" * 251):
         Image.open(pill / "test/good/000.jpg").save(photos / f"{name}.jpg")
     (photos / "broken.jpg").write_bytes(b"no image")
-    pictures = Path("results/knn/predictions", *photos.parts[1:])
-    in_the_way = own_folder / pictures / "a.jpg.png"
-    in_the_way.mkdir(parents=True)
-    of_photos = [*judge[:-1], "photos", "--batch-size", "2"]
+    pictures = tmp_path / "results/knn/predictions" / photos.relative_to("/")
+    (pictures / "a.jpg.png").mkdir(parents=True)
+    of_photos = [*judge[:-1], "../photos", "--out", tmp_path / "results", "--batch-size", "2"]
     one_by_one = [*judge[:-1], pill, "--batch-size", "1"]
 
-    jobs = [{"arguments": arguments} | more for arguments, more, _, _ in cases]
-    jobs += [{"arguments": of_photos}, {"arguments": one_by_one, "first": CLOSED_PIPE}]
-    jobs.append({"arguments": fit("knn", pill, "--save", "/dev/full")})
+    jobs = [case[:2] for case in cases] + [(of_photos, ""), (one_by_one, CLOSED_PIPE)]
+    jobs.append((fit("knn", pill, "--save", "/dev/full"), ""))
     *ends, (code, err, folder), closed_pipe, full_disk = forked(tmp_path, jobs)
     assert (code, err.count("error: ")) == (1, 2)
     assert "broken.jpg: cannot be read" in err
     assert "a.jpg.png: cannot be written" in err
     assert len((folder / "out").read_text().splitlines()) == 1 + 3
-    assert len([path for path in in_the_way.parent.iterdir() if path.is_file()]) == 2
+    assert len([path for path in pictures.iterdir() if path.is_file()]) == 2
     assert (closed_pipe[0], "Traceback" in closed_pipe[1]) == (141, False)
     line = one_line(*full_disk[:2], 2)
     assert line.startswith("error: /dev/full: cannot be written: No space left on device")
