@@ -378,7 +378,9 @@ def open_upright(source, bits=16) -> Image.Image:
         image = ImageOps.exif_transpose(source)
         image.format = source.format
         return image
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    with Image.open(source) as image:
         tags = getattr(image, "tag_v2", {})
         is_negative = tags.get(262) == 0  # the numbers of TIFF's tags
         in_planes = tags.get(284) == 2
@@ -440,7 +442,7 @@ def read_mask(path: Path, size=None) -> np.ndarray:
         near = ndimage.maximum_filter(gray, size=5) > 0  # traces lie within two pixels of a region
         region, count = ndimage.label(near, TOUCHING)
         peak = ndimage.maximum(gray, region, np.arange(count + 1))[region]  # (H, W)
-        return (gray >= peak / 2) & (peak >= gray.max() / 8)
+        return (gray > 0) & (gray >= peak / 2) & (peak >= gray.max() / 8)
 
 
 def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=False) -> torch.Tensor:

@@ -242,6 +242,8 @@ def test_masks_without_a_visible_defect_are_named(tmp_path, capsys):
         assert message in capsys.readouterr().err
         assert split.labels.tolist() == [True]
         assert split.has_mask.tolist() == [False]
+    Image.new("L", (9, 9)).save(tmp_path / "blank.jpg")
+    assert not common.read_mask(tmp_path / "blank.jpg").any()
 
 
 def test_what_is_passed_over_is_counted(tmp_path, capsys):
@@ -300,6 +302,8 @@ def test_frames_beyond_the_first_are_named(tmp_path, capsys, gradient):
     frame.save(tmp_path / "a.tif", save_all=True, append_images=[frame.rotate(90)])
     common.read_image(tmp_path / "a.tif")
     assert "a.tif: holds 2 frames or pages" in capsys.readouterr().err
+    common.read_image((tmp_path / "a.tif").read_bytes())
+    assert len(capsys.readouterr().err) < 100
 
 
 def test_small_photos_are_enlarged_and_thin_ones_refused(tmp_path, capsys, gradient):
