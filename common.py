@@ -2029,7 +2029,8 @@ def check_room(options, backbone, images: torch.Tensor) -> None:
     rows = options.coreset * len(images) * outputs[0].shape[2] ** 2
     needed = 1.2 * 4 * columns * rows / 2**30  # a fifth is for small photos
     free = shutil.disk_usage(options.save.resolve().parent).free / 2**30
-    if needed > free and not options.save.is_char_device():  # as /dev/null is
+    goes_to_disk = options.save.is_file() or not options.save.exists()  # unlike /dev/null, a pipe
+    if needed > free and goes_to_disk:
         there = f"takes {needed:.3g} GiB, and {free:.3g} are free there"
         raise UserError(f"--save {options.save}: {there}: save elsewhere, or lower --coreset")
 
