@@ -138,7 +138,7 @@ class Waits(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def test_a_gpu_is_waited_for_once_a_search_and_thrice_a_frontier(kernels, generator):
+def test_a_gpu_is_waited_for_twice_a_search_and_thrice_a_frontier(kernels, generator):
     features = torch.randn(3000, 8, generator=generator)
     bank = common.MemoryBank(features)
     for count, k in [(1, 1), (40, 9)]:
