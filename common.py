@@ -866,10 +866,17 @@ class MemoryBank:
         part.squared = self.squared.masked_fill(~keep, torch.inf)  # the others are never near
         return part
 
-    def lower_bounds(self, queries: torch.Tensor) -> torch.Tensor:
-        """Returns for queries (P, D) what no squared distance is below, by one product: (P, N), and
-        infinity in as many columns more as complete the last group."""
-        short, squared = self.shorten(queries)
+    def at(self, index: torch.Tensor) -> "MemoryBank":
+        """Returns a bank of the rows at `index`, (n,) int64, which are copied."""
+        part = copy.copy(self)
+        part.rows = self.rows[index]
+        part.short = self.short[index]
+        part.squared = self.squared[index]
+        return part
+
+    def lower_bounds(self, short: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
+        """Returns for queries, shortened to (P, m + 1) and (P,), what no squared distance is below,
+        by one product: (P, N), and infinity in as many columns more as complete the last group."""
         missing = -len(self.rows) % GROUP
         completed = nn.functional.pad(self.squared, (0, missing), value=torch.inf)
         bounds = squared[:, None] + completed
@@ -892,7 +899,7 @@ class MemoryBank:
         search = nearest_cupy if self.on_cuda else nearest_torch
         own_queries = queries.detach().to(self.rows.device)
         blocks = own_queries.split(block_size(self.rows.device, len(self.rows)))
-        found = [search(self, block, k) for block in blocks]
+        found = [search(self, block, *self.shorten(block), k) for block in blocks]
         distances, indices = map(torch.cat, zip(*found, strict=True))
         return distances.float().to(queries.device), indices.to(queries.device)
 
@@ -907,9 +914,10 @@ def block_size(device: torch.device, width: int) -> int:
     return max(1, numbers // max(width, 1024))
 
 
-def nearest_torch(bank: MemoryBank, queries: torch.Tensor, k: int):
-    """Finds the k nearest rows of a few queries (P, D): distances and indices, (P, k)."""
-    bounds = bank.lower_bounds(queries)
+def nearest_torch(bank: MemoryBank, queries, short, squared, k: int):
+    """Finds the k nearest rows of a few queries (P, D), and of what `shorten` makes of them:
+    distances and indices, (P, k)."""
+    bounds = bank.lower_bounds(short, squared)
     size = GROUP if k * GROUP <= bounds.shape[1] else 1
     groups = bounds.unflatten(1, (-1, size))  # (P, G, size)
     least = groups.amin(dim=2)  # (P, G), in a tenth of the time of `topk`
@@ -921,13 +929,9 @@ def nearest_torch(bank: MemoryBank, queries: torch.Tensor, k: int):
     number = torch.arange(len(queries), device=queries.device)  # (P,)
     measured = measure(queries, bank.rows, number.repeat_interleave(k), first_rows.flatten())
     farthest = measured.view(-1, k).amax(dim=1)  # (P,)
-    # Measure all pairs that the bound does not exclude: at least these, and no hidden row.
+    # Measure all pairs that the bound does not exclude: at least these.
     limit = torch.maximum(farthest.square(), smallest[:, -1])
-    limit = limit.clamp(max=torch.finfo(limit.dtype).max)[:, None]
-    in_query, group = torch.where(least <= limit)  # (groups left,)
-    which, place = torch.where(groups[in_query, group] <= limit[in_query])
-    query = in_query[which]  # (pairs,), ascending
-    row = group[which] * size + place
+    query, row = pairs_within(limit, groups, least)
     distances = measure(queries, bank.rows, query, row)
     # Sort by distance, and then by query. Of equals the lowest row stays first.
     order = distances.argsort(stable=True)
@@ -935,6 +939,15 @@ def nearest_torch(bank: MemoryBank, queries: torch.Tensor, k: int):
     start = torch.searchsorted(query, number)  # where each query's pairs begin
     nearest = order[start[:, None] + torch.arange(k, device=order.device)]  # (P, k)
     return distances[nearest], row[nearest]
+
+
+def pairs_within(limit, groups, least):
+    """Returns the pairs whose bound is not above the query's limit (P,) float32: query and row,
+    (pairs,) int64, ascending. The bounds are (P, G, size), the least of each group is (P, G)."""
+    limit = limit.clamp(max=torch.finfo(limit.dtype).max)[:, None]  # a hidden row is in no pair
+    in_query, group = torch.where(least <= limit)  # (groups left,)
+    which, place = torch.where(groups[in_query, group] <= limit[in_query])
+    return in_query[which], group[which] * groups.shape[2] + place
 
 
 @undisturbed()
@@ -1043,70 +1056,66 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     rows = rows.cpu() if device.type == "mps" else rows  # MPS has no float64
     distances = rows.new_full((len(rows),), torch.inf, dtype=torch.float64)
     assignment = torch.zeros_like(distances, dtype=torch.int64)
+    bank = MemoryBank(rows, backend)
     draw = torch.Generator().manual_seed(seed)
     new = torch.randint(len(rows), (1,), generator=draw).to(rows.device)
     picks = new[:0]
     with progress(description="coreset", total=size) as bar:
         while len(new):
-            meet(rows, new, len(picks), distances, assignment, backend)
+            meet(bank, new, len(picks), distances, assignment)
             distances[new] = -1.0  # a pick is no candidate
             picks = torch.cat([picks, new])
             bar.update(len(new))
-            new = farthest_rows(rows, distances, size - len(picks), backend)
+            new = farthest_rows(bank, distances, size - len(picks))
     covered = distances.clamp(min=0).float()
     cover = [part.to(device) for part in (picks, assignment, covered)]
     return cover if with_cover else cover[0]
 
 
-def meet(rows, new, count: int, distances, assignment, backend) -> None:
+def meet(bank: MemoryBank, new, count: int, distances, assignment) -> None:
     """Brings the min of algorithm 1, line 3, up to date when the picks `new` come after `count`
     others: the distances (N,) float64, and the assignment (N,), in place."""
-    picks = MemoryBank(rows[new], backend)
-    size = block_size(rows.device, len(new))
-    parts = (whole.split(size) for whole in (rows, distances, assignment))
-    for vectors, known, number in zip(*parts, strict=True):
-        if picks.on_cuda:
-            measured, pick = nearest_cupy(picks, vectors, 1)
-            closer = measured[:, 0] < known
-            torch.where(closer, count + pick[:, 0], number, out=number)
-            torch.minimum(known, measured[:, 0], out=known)
+    picks = bank.at(new)
+    size = block_size(bank.rows.device, len(new))
+    wholes = (bank.rows, bank.short, bank.squared, distances, assignment)
+    parts = [whole.split(size) for whole in wholes]
+    for vectors, short, squared, known, number in zip(*parts, strict=True):
+        if bank.on_cuda:
+            measured, pick = nearest_cupy(picks, vectors, short, squared, 1)
         else:
-            meet_torch(picks, count, vectors, known, number)
+            measured, pick = nearer_torch(picks, vectors, short, squared, known)
+        closer = measured[:, 0] < known  # of equals the earlier pick stays
+        torch.where(closer, count + pick[:, 0], number, out=number)
+        torch.minimum(known, measured[:, 0], out=known)
 
 
-def meet_torch(picks: MemoryBank, count: int, vectors, known, number) -> None:
-    """Does this for vectors (n, D): it measures the pick that looks nearest by the lower bound of
-    chapter 3, and the next one, until no bound is below the distance."""
-    bounds = picks.lower_bounds(vectors)  # (n, len(picks) and more)
-    row = torch.arange(len(vectors), device=vectors.device)
-    while len(row):
-        before = known[row]
-        # What is zero, or less at picks, cannot shrink.
-        may_shrink = (bounds.amin(dim=1) <= before.square()) & (before > 0)
-        left = torch.where(may_shrink)[0]
-        row = row[left]
-        bounds = bounds.index_select(0, left)
-        nearest = bounds.argmin(dim=1)
-        bounds.scatter_(1, nearest[:, None], torch.inf)  # this pair is done
-        measured = measure(vectors, picks.rows, row, nearest, torch.float64)
-        pick = count + nearest
-        is_earlier = (measured == known[row]) & (pick < number[row])
-        closer = (measured < known[row]) | is_earlier
-        known[row[closer]] = measured[closer]
-        number[row[closer]] = pick[closer]
+def nearer_torch(picks: MemoryBank, vectors, short, squared, known):
+    """Finds for vectors (n, D) the nearest pick that is nearer than the distance known, (n,)
+    float64: distances, of which infinity says that there is none, and numbers, (n, 1)."""
+    groups = picks.lower_bounds(short, squared).unflatten(1, (-1, GROUP))
+    limit = known.square().masked_fill(known <= 0, -torch.inf)  # these cannot shrink
+    row, pick = pairs_within(limit.float(), groups, groups.amin(dim=2))
+    measured = measure(vectors, picks.rows, row, pick, torch.float64)
+    nearest = torch.full_like(known, torch.inf).scatter_reduce_(0, row, measured, "amin")
+    # Of equally near picks the earliest has the lowest number.
+    pick[measured > nearest[row]] = len(picks.rows)
+    number = torch.full_like(known, len(picks.rows), dtype=torch.int64)
+    return nearest[:, None], number.scatter_reduce_(0, row, pick, "amin")[:, None]
 
 
-def farthest_rows(rows, distances, wanted: int, backend) -> torch.Tensor:
+def farthest_rows(bank: MemoryBank, distances, wanted: int) -> torch.Tensor:
     """Returns the next greedy picks, as many as are certain, but at most `wanted`."""
-    count = min(FRONTIER, len(rows))
+    total = len(distances)
+    count = min(FRONTIER, total)
     limit = distances.topk(count).values[-1]
-    far = (distances >= limit).nonzero()[:, 0]
-    order = distances[far].argsort(descending=True, stable=True)
-    farthest = far[order[:count]]
+    # Of the rows at the limit the lowest come first.
+    rank = torch.arange(total, 0, -1, device=distances.device)  # (N,)
+    rank = rank * (distances == limit) + 2 * total * (distances > limit)
+    farthest = rank.topk(count).indices
     frontier = farthest.sort().values  # of equals argmax finds the first
     last = torch.searchsorted(frontier, farthest[-1])
-    pick = pick_cupy if uses_cupy(backend, rows) else pick_torch
-    return frontier[pick(rows[frontier], distances[frontier], last, wanted)]
+    pick = pick_cupy if bank.on_cuda else pick_torch
+    return frontier[pick(bank.rows[frontier], distances[frontier], last, wanted)]
 
 
 def pick_torch(vectors, distances, last, wanted: int) -> list[int]:
@@ -1263,9 +1272,8 @@ extern "C" __global__ void __launch_bounds__(1024) pick_inside(
 """
 
 
-def nearest_cupy(bank: MemoryBank, queries: torch.Tensor, k: int):
+def nearest_cupy(bank: MemoryBank, queries, short, squared, k: int):
     """Finds what `nearest_torch` finds, but the distances (P, k) are float64."""
-    short, squared = bank.shorten(queries)
     products = multiply(short, bank.short)  # (P, N)
     distances = queries.new_empty(len(queries), k, dtype=torch.float64)
     indices = torch.empty_like(distances, dtype=torch.int64)
