@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import make_blobs
+from test_neighbors import structured
 
 
 def naive_greedy(features, size, first):
@@ -44,6 +45,12 @@ def test_algorithm_1_as_printed_equals_numpy(generator):
 def test_equals_naive_greedy(generator, monkeypatch, rows, columns, size, seed):
     monkeypatch.setattr(common, "NUMBERS", 2**20)  # the rows meet the picks in up to three blocks
     check_picks(torch.randn(rows, columns, generator=generator), size, seed)
+
+
+def test_the_bound_of_few_columns_loses_no_pick(generator):
+    features = structured(3000, generator, columns=128)
+    assert common.MemoryBank(features).axes is not None
+    check_picks(features, 700)
 
 
 def test_hard_rows(generator):
