@@ -853,7 +853,7 @@ class MemoryBank:
         self.short, self.squared = map(torch.cat, zip(*parts, strict=True))  # (N, m + 1), (N,)
 
     def shorten(self, x: torch.Tensor):
-        """Returns f(x) of vectors (n, D), and its squared length, lowered for rounding, (n,)."""
+        """Returns f(x) of vectors (n, D), and |f(x)|^2, lowered for rounding, (n,)."""
         centered = x - self.center
         short = centered.bfloat16() if self.on_cuda else project(centered, self.axes)
         length = vector_norm(short, dim=1, dtype=torch.float32)
@@ -866,21 +866,28 @@ class MemoryBank:
         part.squared = self.squared.masked_fill(~keep, torch.inf)  # the others are never near
         return part
 
-    def at(self, index: torch.Tensor) -> "MemoryBank":
-        """Returns a bank of the rows at `index`, (n,) int64, which are copied."""
+    def at(self, index) -> "MemoryBank":
+        """Returns the bank of the rows at `index`, (n,) int64, or a slice, which copies no row."""
         part = copy.copy(self)
         part.rows = self.rows[index]
         part.short = self.short[index]
         part.squared = self.squared[index]
         return part
 
-    def lower_bounds(self, short: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
-        """Returns for queries, shortened to (P, m + 1) and (P,), what no squared distance is below,
-        by one product: (P, N), and infinity in as many columns more as complete the last group."""
-        missing = -len(self.rows) % GROUP
-        completed = nn.functional.pad(self.squared, (0, missing), value=torch.inf)
-        bounds = squared[:, None] + completed
-        bounds[:, : len(self.rows)].addmm_(short, self.short.T, alpha=-2)
+    def prepared(self, queries: torch.Tensor) -> "MemoryBank":
+        """Returns queries (n, D) as a bank of their own, with the center and axes of this one."""
+        bank = copy.copy(self)
+        bank.rows = queries
+        bank.short, bank.squared = self.shorten(queries)
+        return bank
+
+    def lower_bounds(self, queries: "MemoryBank") -> torch.Tensor:
+        """Returns lower bounds of the squared distances from P queries to all rows, by one product:
+        (P, N), and infinity in as many columns more as complete the last group."""
+        count = len(self.rows)
+        completed = nn.functional.pad(self.squared, (0, -count % GROUP), value=torch.inf)
+        bounds = queries.squared[:, None] + completed
+        bounds[:, :count].addmm_(queries.short, self.short.T, alpha=-2)
         return bounds
 
     @exact()
@@ -899,7 +906,7 @@ class MemoryBank:
         search = nearest_cupy if self.on_cuda else nearest_torch
         own_queries = queries.detach().to(self.rows.device)
         blocks = own_queries.split(block_size(self.rows.device, len(self.rows)))
-        found = [search(self, block, *self.shorten(block), k) for block in blocks]
+        found = [search(self, self.prepared(block), k) for block in blocks]
         distances, indices = map(torch.cat, zip(*found, strict=True))
         return distances.float().to(queries.device), indices.to(queries.device)
 
@@ -914,10 +921,9 @@ def block_size(device: torch.device, width: int) -> int:
     return max(1, numbers // max(width, 1024))
 
 
-def nearest_torch(bank: MemoryBank, queries, short, squared, k: int):
-    """Finds the k nearest rows of a few queries (P, D), and of what `shorten` makes of them:
-    distances and indices, (P, k)."""
-    bounds = bank.lower_bounds(short, squared)
+def nearest_torch(bank: MemoryBank, queries: MemoryBank, k: int):
+    """Finds the k rows that are nearest to each of a few queries: distances and indices, (P, k)."""
+    bounds = bank.lower_bounds(queries)
     size = GROUP if k * GROUP <= bounds.shape[1] else 1
     groups = bounds.unflatten(1, (-1, size))  # (P, G, size)
     least = groups.amin(dim=2)  # (P, G), in a tenth of the time of `topk`
@@ -926,13 +932,14 @@ def nearest_torch(bank: MemoryBank, queries, short, squared, k: int):
     smallest, likely = least.topk(k, largest=False)  # (P, k)
     place = torch.take_along_dim(groups, likely[:, :, None], dim=1).argmin(dim=2)
     first_rows = likely * size + place
-    number = torch.arange(len(queries), device=queries.device)  # (P,)
-    measured = measure(queries, bank.rows, number.repeat_interleave(k), first_rows.flatten())
+    number = torch.arange(len(bounds), device=bounds.device)  # (P,)
+    measured = measure(queries, bank, number.repeat_interleave(k), first_rows.flatten())
     farthest = measured.view(-1, k).amax(dim=1)  # (P,)
-    # Measure all pairs that the bound does not exclude: at least these.
+    # Measure all pairs that the bound does not exclude. Whatever was rounded, these are among them,
+    # so that each query has k pairs.
     limit = torch.maximum(farthest.square(), smallest[:, -1])
     query, row = pairs_within(limit, groups, least)
-    distances = measure(queries, bank.rows, query, row)
+    distances = measure(queries, bank, query, row)
     # Sort by distance, and then by query. Of equals the lowest row stays first.
     order = distances.argsort(stable=True)
     order = order[query[order].argsort(stable=True)]
@@ -942,9 +949,10 @@ def nearest_torch(bank: MemoryBank, queries, short, squared, k: int):
 
 
 def pairs_within(limit, groups, least):
-    """Returns the pairs whose bound is not above the query's limit (P,) float32: query and row,
-    (pairs,) int64, ascending. The bounds are (P, G, size), the least of each group is (P, G)."""
-    limit = limit.clamp(max=torch.finfo(limit.dtype).max)[:, None]  # a hidden row is in no pair
+    """Finds the pairs whose bound is not above the query's limit, (P,) float32. The bounds are
+    (P, G, size), and the least of each group is (P, G). Returns the pairs' queries and rows,
+    (pairs,) int64, ascending."""
+    limit = limit.clamp(max=torch.finfo(limit.dtype).max)[:, None]  # infinity hides a row
     in_query, group = torch.where(least <= limit)  # (groups left,)
     which, place = torch.where(groups[in_query, group] <= limit[in_query])
     return in_query[which], group[which] * groups.shape[2] + place
@@ -980,13 +988,13 @@ def project(x: torch.Tensor, axes) -> torch.Tensor:
     return torch.cat([along, vector_norm(rest, dim=1, keepdim=True)], dim=1)
 
 
-def measure(queries, rows, query, row, dtype=torch.float32):
-    """Measures |queries[query] - rows[row]| for pairs, (pairs,), by their differences."""
-    step = 256 if queries.device.type == "cpu" else 2**16  # what stays in the processor's cache
+def measure(queries: MemoryBank, bank: MemoryBank, query, row, dtype=torch.float32):
+    """Measures the distances of pairs, numbers of queries and of rows, by differences: (pairs,)."""
+    step = 256 if query.device.type == "cpu" else 2**16  # what stays in the processor's cache
     distances = []
     for part_query, part_row in zip(query.split(step), row.split(step), strict=True):
-        difference = rows.index_select(0, part_row).to(dtype)
-        difference -= queries.index_select(0, part_query)
+        difference = bank.rows.index_select(0, part_row).to(dtype)
+        difference -= queries.rows.index_select(0, part_query)
         distances.append(vector_norm(difference, dim=1))
     return torch.cat(distances)
 
@@ -1037,15 +1045,17 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
 
     The features are (N, D) float32, and the size is 1 to N. Returns indices (size,) int64, in the
     order picked: the first is drawn from `seed`, and each next row is the farthest from all picked
-    so far, by float64, and of equals the lowest. If `with_cover` is True, returns the indices, the
-    assignment (N,) int64, which says the number of the pick that is nearest to each row, the
-    earliest of equals, and the distances (N,) float32 to it. All are on the features' device.
-    Raises ValueError for another size, and for what `check_rows` refuses.
+    so far, by float64, and of equals the lowest. If `with_cover` is True, returns also, for each
+    row, which pick is nearest, (N,) int64, as its place in the order picked, the earliest of
+    equals, and the distance to it, (N,) float32. All are on the features' device. Raises ValueError
+    for another size, and for what `check_rows` refuses.
 
     The obvious loop reads all N rows at each pick. But a row's distance to the picks can only
-    shrink. So put aside the FRONTIER of the farthest rows, and pick inside it alone until its last
-    row is the farthest there: this one keeps its distance, for no row outside is farther. Then all
-    rows meet the new picks at once, and a new frontier is drawn. The picks are the same.
+    shrink. So put aside the FRONTIER of the farthest rows, and remember how far the last of them
+    is: no row outside is, or can become, farther than that. While a row inside is farther, the
+    farthest of all rows is inside, and nothing outside has to be read. After that the distances of
+    all rows to the new picks are computed at once, and a new frontier is put aside. The picks are
+    the same.
     """
     features = torch.as_tensor(features)
     check_rows("features", features)
@@ -1062,7 +1072,7 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     picks = new[:0]
     with progress(description="coreset", total=size) as bar:
         while len(new):
-            meet(bank, new, len(picks), distances, assignment)
+            update_distances(bank, new, len(picks), distances, assignment)
             distances[new] = -1.0  # a pick is no candidate
             picks = torch.cat([picks, new])
             bar.update(len(new))
@@ -1072,55 +1082,58 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     return cover if with_cover else cover[0]
 
 
-def meet(bank: MemoryBank, new, count: int, distances, assignment) -> None:
-    """Brings the min of algorithm 1, line 3, up to date when the picks `new` come after `count`
-    others: the distances (N,) float64, and the assignment (N,), in place."""
+def update_distances(bank: MemoryBank, new, count: int, distances, assignment) -> None:
+    """Takes the picks `new`, which come after `count` others, into the min of algorithm 1, line 3.
+    In place, it lowers the distances (N,) float64 to the nearest pick, and changes the assignment
+    (N,), which pick that is."""
     picks = bank.at(new)
     size = block_size(bank.rows.device, len(new))
-    wholes = (bank.rows, bank.short, bank.squared, distances, assignment)
-    parts = [whole.split(size) for whole in wholes]
-    for vectors, short, squared, known, number in zip(*parts, strict=True):
+    for start in range(0, len(distances), size):
+        part = slice(start, start + size)
+        queries = bank.at(part)  # all rows, block by block
+        before = distances[part]
         if bank.on_cuda:
-            measured, pick = nearest_cupy(picks, vectors, short, squared, 1)
+            measured, pick = map(torch.flatten, nearest_cupy(picks, queries, 1))
         else:
-            measured, pick = nearer_torch(picks, vectors, short, squared, known)
-        closer = measured[:, 0] < known  # of equals the earlier pick stays
-        torch.where(closer, count + pick[:, 0], number, out=number)
-        torch.minimum(known, measured[:, 0], out=known)
+            measured, pick = nearest_within(picks, queries, before)
+        closer = measured < before  # of equals the earlier pick stays
+        assignment[part] = torch.where(closer, count + pick, assignment[part])
+        distances[part] = torch.minimum(before, measured)
 
 
-def nearer_torch(picks: MemoryBank, vectors, short, squared, known):
-    """Finds for vectors (n, D) the nearest pick that is nearer than the distance known, (n,)
-    float64: distances, of which infinity says that there is none, and numbers, (n, 1)."""
-    groups = picks.lower_bounds(short, squared).unflatten(1, (-1, GROUP))
-    limit = known.square().masked_fill(known <= 0, -torch.inf)  # these cannot shrink
-    row, pick = pairs_within(limit.float(), groups, groups.amin(dim=2))
-    measured = measure(vectors, picks.rows, row, pick, torch.float64)
-    nearest = torch.full_like(known, torch.inf).scatter_reduce_(0, row, measured, "amin")
+def nearest_within(picks: MemoryBank, queries: MemoryBank, radius):
+    """Finds for each query the nearest of the picks that the bound does not exclude from its
+    radius, (n,) float64: distances, infinity if all are excluded, and numbers, (n,)."""
+    groups = picks.lower_bounds(queries).unflatten(1, (-1, GROUP))
+    limit = radius.square().masked_fill(radius <= 0, -torch.inf)  # nothing is nearer than 0
+    # To round the limit to float32 does no harm: MARGIN covers it.
+    query, pick = pairs_within(limit.float(), groups, groups.amin(dim=2))
+    measured = measure(queries, picks, query, pick, torch.float64)
+    nearest = torch.full_like(radius, torch.inf).scatter_reduce_(0, query, measured, "amin")
     # Of equally near picks the earliest has the lowest number.
-    pick[measured > nearest[row]] = len(picks.rows)
-    number = torch.full_like(known, len(picks.rows), dtype=torch.int64)
-    return nearest[:, None], number.scatter_reduce_(0, row, pick, "amin")[:, None]
+    pick[measured > nearest[query]] = len(picks.rows)
+    number = torch.full_like(radius, len(picks.rows), dtype=torch.int64)
+    return nearest, number.scatter_reduce_(0, query, pick, "amin")
 
 
 def farthest_rows(bank: MemoryBank, distances, wanted: int) -> torch.Tensor:
-    """Returns the next greedy picks, as many as are certain, but at most `wanted`."""
+    """Returns the next greedy picks, as many as one frontier decides, but at most `wanted`."""
     total = len(distances)
     count = min(FRONTIER, total)
     limit = distances.topk(count).values[-1]
-    # Of the rows at the limit the lowest come first.
-    rank = torch.arange(total, 0, -1, device=distances.device)  # (N,)
-    rank = rank * (distances == limit) + 2 * total * (distances > limit)
+    # The rows beyond the limit, and of those at the limit the lowest, as greedy picks them first.
+    rank = -torch.arange(total, device=distances.device)  # (N,)
+    rank.masked_fill_(distances > limit, 1).masked_fill_(distances < limit, -total)
     farthest = rank.topk(count).indices
     frontier = farthest.sort().values  # of equals argmax finds the first
-    last = torch.searchsorted(frontier, farthest[-1])
+    last = torch.searchsorted(frontier, farthest[-1])  # its number in the frontier
     pick = pick_cupy if bank.on_cuda else pick_torch
     return frontier[pick(bank.rows[frontier], distances[frontier], last, wanted)]
 
 
 def pick_torch(vectors, distances, last, wanted: int) -> list[int]:
     """Makes up to `wanted` greedy picks among vectors (n, D), whose distances so far are (n,)
-    float64, until it comes to number `last`, whose distance stays."""
+    float64. It ends before `last`, the number of the vector that keeps its distance as a limit."""
     doubles = vectors.double().cpu().numpy()
     inside = distances.cpu().numpy()
     picks = []
@@ -1272,15 +1285,16 @@ extern "C" __global__ void __launch_bounds__(1024) pick_inside(
 """
 
 
-def nearest_cupy(bank: MemoryBank, queries, short, squared, k: int):
+def nearest_cupy(bank: MemoryBank, queries: MemoryBank, k: int):
     """Finds what `nearest_torch` finds, but the distances (P, k) are float64."""
-    products = multiply(short, bank.short)  # (P, N)
-    distances = queries.new_empty(len(queries), k, dtype=torch.float64)
+    products = multiply(queries.short, bank.short)  # (P, N)
+    distances = products.new_empty(len(products), k, dtype=torch.float64)
     indices = torch.empty_like(distances, dtype=torch.int64)
     rows, columns = bank.rows.shape
-    arguments = [products, squared, bank.squared, queries.contiguous(), bank.rows.contiguous()]
+    arguments = [products, queries.squared, bank.squared]
+    arguments += [queries.rows.contiguous(), bank.rows.contiguous()]
     arguments += [rows, columns, k, distances, indices]
-    launch("find_nearest", len(queries), THREADS, arguments)
+    launch("find_nearest", len(products), THREADS, arguments)
     return distances, indices
 
 

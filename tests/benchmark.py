@@ -392,7 +392,7 @@ def benchmark_remarks(options):
         with mock.patch.object(common, "useful_axes", return_value=None):  # the plain product
             bank = common.MemoryBank(features[::10])
         queries = features[5::97][:300]
-        found = bank.lower_bounds(*bank.shorten(queries))[:, : len(bank.rows)].double()
+        found = bank.lower_bounds(bank.prepared(queries))[:, : len(bank.rows)].double()
         q, b = (queries - bank.center).double(), (bank.rows - bank.center).double()
         unit = q.square().sum(1)[:, None] + b.square().sum(1)
         exact = unit - 2 * q @ b.T
