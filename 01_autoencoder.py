@@ -122,7 +122,7 @@ def detector(state: dict, backbone):
     return partial(score, network, backbone.device)
 
 
-@common.exact()
+@common.without_autocast()
 @torch.no_grad()
 def score(network, device, images: torch.Tensor) -> common.Result:
     """Computes scores (N,), anomaly maps (N, S, S) and reconstructions of images (N, 3, S, S)."""

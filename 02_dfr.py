@@ -141,7 +141,7 @@ def detector(state: dict, backbone):
     return partial(score, state, backbone, network)
 
 
-@common.exact()
+@common.without_autocast()
 @torch.no_grad()
 def score(state: dict, backbone, network, images: torch.Tensor) -> common.Result:
     """Computes scores (N,) and anomaly maps (N, S, S) of images (N, 3, S, S) uint8."""

@@ -72,7 +72,7 @@ def nearest_images(distances, indices, thumbnails, i: int, image, names) -> list
     return cells
 
 
-@common.exact()
+@common.without_autocast()
 def score(state: dict, backbone, bank, images: torch.Tensor) -> common.Result:
     """Scores images (N, 3, S, S) uint8. There are no maps, as an image is one vector."""
     queries = embed(images, backbone, "score")

@@ -152,7 +152,7 @@ class Scored(NamedTuple):
     nearest: torch.Tensor  # (n,) which row of the bank m* is
 
 
-@common.exact()
+@common.without_autocast()
 def score_patches(features: torch.Tensor, bank: common.MemoryBank, b: int) -> Scored:
     """Finds how anomalous each image is, and each of its patches (section 3.3). The features are
     (B, h, w, C), and b is that of equation 7, at most the rows of the bank."""

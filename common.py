@@ -43,8 +43,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-# A thread of torch without work stays awake for so many turns: with fewer it sleeps when the next
-# parallel part begins, with many more two runs at once wait for each other. Read at the import.
+# So long an idle thread of torch stays awake. If it sleeps sooner, it has to be woken for each
+# parallel part; if much later, two runs at once slow each other. torch reads this at its import.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import matplotlib
@@ -70,7 +70,7 @@ from tqdm import tqdm
 with suppress(ImportError):  # optional: photos of iPhones
     __import__("pillow_heif").register_heif_opener()
 Image.MAX_IMAGE_PIXELS = 250_000_000  # phones take 200 megapixels; Pillow refuses twice this number
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what cannot be read is named by ourselves
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # we name unreadable files ourselves
 warnings.filterwarnings("ignore", module=r"PIL|torch\.serialization")
 
 
@@ -117,8 +117,8 @@ def progress(iterable=None, description="", **settings):
 
 
 def in_threads(function, items, refuse: Callable):
-    """Yields function(item) for each item, in order. A UserError is passed to `refuse` instead. It
-    waits for its threads whichever way it ends: to end the interpreter under them would abort."""
+    """Yields function(item) for each item, in order. A UserError is passed to `refuse` instead.
+    However this ends, all threads end first: an interpreter that exits before them aborts."""
 
     def attempt(item):
         try:
@@ -277,7 +277,7 @@ def find_masks(root, refuse: Callable) -> dict[str, list[Path]]:
 
 
 def load_split(paths: list[Path], resize, crop, bits, refuse: Callable, masks=None) -> Split:
-    """Reads photos and their masks; see `load_photos`."""
+    """Reads photos and their masks. The arguments are those of `load_photos`."""
     side = crop or resize
     # NumPy copies without threads, so that the decoders keep theirs.
     images = np.empty((len(paths), 3, side, side), np.uint8)
@@ -298,7 +298,7 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
     """Yields (path, size, image, regions) for each photo that can be read, in order: the upright
     photo's (width, height), what the network sees of it, (3, S, S) uint8, and the numbers of its
     defects, (S, S) int32 (NumPy), or 0 if there are none. A UserError is passed to `refuse` for
-    each other photo. The last step prints what is odd."""
+    each other photo. At the end, prints what is odd."""
     side = crop or resize
     remarks = defaultdict(list)
 
@@ -318,7 +318,7 @@ def load_photos(paths: list[Path], resize, crop, bits, refuse: Callable, masks=N
 
 
 def load_regions(path: Path, photo, masks: dict | None, resize: int, crop: int, remarks: dict):
-    """Reads the masks of a photo; see `load_photos`. Adds to the remarks."""
+    """Returns a photo's regions as `load_photos` yields them. Adds what is odd to the remarks."""
     if masks is None or path.parent.name == "good":
         return 0
     name = unicodedata.normalize("NFC", f"{path.parent.name}/{path.stem}")
@@ -429,10 +429,10 @@ def read_mask(path: Path, size=None) -> np.ndarray:
     """Reads which pixels a mask marks, (H, W) bool. Raises UserError if it cannot be read, or if it
     is not of a (width, height) that is given.
 
-    In a file without loss, colors and numbers name classes: all but black and 0 mark. But edges may
-    be soft in a lossy file, and in 8-bit gray that reaches 128 and has more than four values. There
-    a pixel marks from half of its own region's maximum on, and a region that does not reach an
-    eighth of the mask's maximum is a trace of compression.
+    Where colors or numbers name classes, all but black and 0 mark. But two kinds of masks may have
+    soft edges: files of a lossy format, and 8-bit gray that has more than four values and reaches
+    128. There a pixel marks from half of its own region's maximum on, and a region that does not
+    reach an eighth of the mask's maximum is a trace of compression.
     """
     with explained(f"{path}: cannot be read as an image", "replace it"):
         image = open_upright(path)
@@ -473,8 +473,8 @@ def prepare(image: Image.Image, resize=256, crop=224, name="image", is_mask=Fals
 
 
 def without_copies(train: Split, test: Split) -> Split:
-    """Returns `train` with the first of several near-copies alone: a memory bank "without" a photo
-    would still hold its copy, and the threshold would be too low.
+    """Returns `train` with only the first of each group of near-copies. A memory bank that leaves
+    out a photo would still hold the photo's copy, and the threshold would be too low.
 
     Two images are near-copies if their distance is at most a tenth of the second one's distance to
     its (N / 8)-th nearest training image, or to the third if N is small. Bursts of one part had
@@ -513,19 +513,20 @@ hooks_lock = threading.Lock()
 
 
 @contextmanager
-def exact():
-    """Inside, a caller's torch.autocast, which rounds, does not count."""
+def without_autocast():
+    """Turns a caller's torch.autocast off inside the block, as it would round."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 
 @contextmanager
 def undisturbed():
-    """Inside, a caller's default dtype does not count either, and his random state stays."""
+    """Makes results inside the block independent of a caller's torch.autocast and default dtype,
+    and leaves the caller's random state as it was."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with exact(), torch.random.fork_rng(range(torch.cuda.device_count())):
+        with without_autocast(), torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -578,7 +579,8 @@ def resnet(name: str):
 
 
 def efficientnet_lite0():
-    """Does the same for EfficientNet-Lite0, whose stages end at strides 4, 8, 16 and 32."""
+    """Builds EfficientNet-Lite0 without weights. Returns it and its STAGES, which end at strides 4,
+    8, 16 and 32."""
     # Without a size, it pads each image by its own.
     network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
     network._conv_head = network._bn1 = network._fc = nn.Identity()  # the classifier
@@ -591,7 +593,7 @@ def efficientnet_lite0():
 
 
 def no_network():
-    """Does the same for no network at all: every stage puts out the image."""
+    """Builds a network whose STAGES all put out the image. Returns it and them."""
     return nn.Identity(), [nn.Identity() for _ in STAGES]
 
 
@@ -690,7 +692,7 @@ def check_images(images: torch.Tensor) -> None:
         raise ValueError(f"images: expected (N, 3, S, S) uint8, got {shape} {images.dtype}")
 
 
-@exact()
+@without_autocast()
 @torch.no_grad()
 def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
     """Returns what `layers`, in the order of STAGES, put out for one batch (B, 3, S, S) uint8.
@@ -717,7 +719,7 @@ def forward(backbone, layers, images: torch.Tensor) -> list[torch.Tensor]:
 @contextmanager
 def without_tf32():
     """Has a GPU convolve in float32 inside the block, as a CPU does. By default it rounds factors
-    to TF32's 11 bits, and features differ by 1e-3 (torch.backends.fp32_precision leaves it so)."""
+    to TF32's 11 bits, and features differ by 1e-3. torch.backends.fp32_precision does not help."""
     cudnn = torch.backends.cudnn
     if not hasattr(cudnn, "conv"):  # before torch 2.9
         with cudnn.flags(enabled=True, allow_tf32=False):
@@ -739,7 +741,7 @@ def resize(images: torch.Tensor, size) -> torch.Tensor:
 
 def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
     """Joins batches, each a list of features (B, ...), to a list of (count, ...) float32 tensors.
-    They are allocated once and filled: to join batches at the end would take twice the room."""
+    They are allocated once and filled batch by batch, as torch.cat would take twice the room."""
     stores = []
     end = 0
     for batch in batches:
@@ -819,9 +821,9 @@ def nearest_neighbors(queries, bank, k=1, backend="auto"):
 class MemoryBank:
     """Holds rows (N, D) float32, which are prepared once and searched many times.
 
-    Count all vectors from a center, the mean of a sample of the rows. Let P project on m orthogonal
-    axes, the principal ones of that sample, and let r(x) be the length of what P leaves out of x.
-    Then
+    Subtract from all vectors a center, the mean of a sample of the rows. Let P project on m
+    orthogonal axes, the principal ones of that sample, and let r(x) be the length of what P leaves
+    out of x. Then
 
         |q - b|^2  >=  |Pq - Pb|^2 + (r(q) - r(b))^2
 
@@ -838,7 +840,7 @@ class MemoryBank:
     errors conspire. Coarser products (torch.set_float32_matmul_precision) may lose a neighbor.
     """
 
-    @exact()
+    @without_autocast()
     def __init__(self, rows: torch.Tensor, backend="auto"):
         self.rows = torch.as_tensor(rows).detach()  # (N, D)
         check_rows("bank", self.rows)
@@ -890,7 +892,7 @@ class MemoryBank:
         bounds[:, :count].addmm_(queries.short, self.short.T, alpha=-2)
         return bounds
 
-    @exact()
+    @without_autocast()
     def nearest(self, queries: torch.Tensor, k=1):
         """Returns what `nearest_neighbors` returns. The indices count all rows."""
         queries = torch.as_tensor(queries)
@@ -960,9 +962,10 @@ def pairs_within(limit, groups, least):
 
 @undisturbed()
 def useful_axes(sample: torch.Tensor):
-    """Returns the principal axes (D, m) of a centered sample, or None if they would save nothing.
+    """Returns the principal axes (D, m) of a centered sample, or None if they would save no time.
 
-    To measure a row that the bound leaves costs about as much as 25 products of D columns.
+    A product of m columns in place of D saves 1 - m / D of the time of the product. But to measure
+    a row that the bound does not exclude takes about the time of 25 rows of the whole product.
     """
     columns = sample.shape[1]
     count = min(NUM_AXES, columns // 3)
@@ -975,7 +978,7 @@ def useful_axes(sample: torch.Tensor):
     distances = torch.cdist(sample[::32], sample[1::2])
     bounds = torch.cdist(short[::32], short[1::2])
     left = bounds <= distances.amin(dim=1, keepdim=True)
-    saved = 1 - count / columns  # of the product of D columns
+    saved = 1 - count / columns
     return axes if 25 * left.float().mean() < saved else None
 
 
@@ -1000,7 +1003,7 @@ def measure(queries: MemoryBank, bank: MemoryBank, query, row, dtype=torch.float
 
 
 def check_rows(name: str, matrix: torch.Tensor) -> None:
-    """Raises ValueError for what neither search nor coreset can work on."""
+    """Raises ValueError for what is no 2-D float32 matrix, and for NaN, infinity or huge values."""
     if matrix.ndim != 2 or matrix.dtype != torch.float32:
         raise ValueError(f"{name}: expected 2-D float32, got {matrix.ndim}-D {matrix.dtype}")
     squared = vector_norm(matrix, dim=1).square()
@@ -1038,7 +1041,7 @@ def plain_greedy_coreset(features, size: int, first: int) -> list[int]:
     return picks
 
 
-@exact()
+@without_autocast()
 def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     """Picks rows that lie far apart, by k-center greedy (Sener and Savarese 2018; PatchCore,
     algorithm 1).
@@ -1394,10 +1397,10 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     defect region that is above the threshold, averaged over regions, so that a small defect counts
     as much as a large one (Bergmann et al. 2021, section 6.1).
 
-    Lower the threshold from the highest value of the maps. The curve rises when it comes to a
-    defective pixel, by the pixel's share of its region divided by the number of regions. So the
-    area is the mean over the regions of their pixels' areas: of what a pixel adds from the
-    false-positive rate where it is reached up to `max_fpr`.
+    Lower the threshold from the highest value of the maps. When it comes to a defective pixel, the
+    curve rises by 1 / (pixels of its region) / (number of regions), and stays higher from the
+    false-positive rate of that moment up to `max_fpr`. So the area is the mean of these widths over
+    the pixels of each region, and then over the regions.
     """
     if not 0 < max_fpr <= 1:
         raise ValueError(f"max_fpr is {max_fpr}: expected more than 0 and at most 1")
@@ -1405,7 +1408,8 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     if len(numbers) == 0:
         return None
     _, region, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
-    # Between the two the curve rises as a slope, as far as it lies left of max_fpr.
+    # Normal pixels of the same value come at the same moment: from `before` to `after` the curve
+    # rises as a straight slope, whose part left of max_fpr counts.
     width = np.maximum(after - before, 1e-300)
     inside = np.clip(max_fpr - before, 0, width)
     areas = inside**2 / (2 * width) + np.maximum(max_fpr - after, 0)
@@ -1413,8 +1417,9 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
 
 
 def false_positive_rates(maps, masks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns for each defective pixel the number of its region, the share of normal pixels above
-    it, and the share of those above or equal. They are empty if no pixel is normal."""
+    """Returns for each defective pixel the number of its region, and the false-positive rates just
+    before and just after the threshold comes down to it: the shares of normal pixels above it, and
+    of those above or equal. All are empty if no pixel is normal."""
     maps, masks = map(np.asarray, (maps, masks))
     maps, masks = (part.reshape(-1, *part.shape[-2:]) for part in (maps, masks))
     is_odd = maps.shape != masks.shape or 1 in maps.shape[1:]  # as of (N, H, W, 1)
@@ -1760,14 +1765,14 @@ def evaluate(run: Run, test: Split, result: Result, seconds: float) -> dict:
     data = str(options.data.resolve())
     seen = [test.paths.tolist(), data, options.resize, options.crop, options.bits]
     defects = sorted(set(test.kinds) - {"good"})
-    measure = partial(metrics_of, test, result, reported)
+    metrics = partial(metrics_of, test, result, reported)
     return {
         "method": options.method,
         "data": data,
         "test_set": hashlib.sha256(repr(seen).encode()).hexdigest()[:16],  # equal: comparable
         "weights": run.model["weights"],
-        **measure(test.labels),
-        "per_defect": {kind: measure(test.kinds == kind) for kind in defects},
+        **metrics(test.labels),
+        "per_defect": {kind: metrics(test.kinds == kind) for kind in defects},
         "threshold": run.threshold,
         "false_alarms": int(alarms.sum()),
         "normal_images": len(alarms),
@@ -1883,8 +1888,8 @@ def print_row(first: str, values, last: str) -> None:
 
 
 def note_false_alarms(run: Run, metrics: dict) -> None:
-    """Says it if chance, which is binomial, would bring so many normal test images above the
-    threshold in less than one run of a thousand: no look at train/good can tell what it lacks."""
+    """Prints a remark if more normal test images are above the threshold than in all but one of a
+    thousand runs by chance, which is binomial: train/good alone cannot show what it lacks."""
     rate = max(run.options.false_alarm_rate, 1 / (len(run.model["scores"]) + 1))
     alarms = metrics["false_alarms"]
     count = metrics["normal_images"]
@@ -2023,9 +2028,9 @@ def main(method: str, description: str, add_options, fit, detector) -> None:
             note("the fitted model is not kept: add --save FILE to judge photos with it later")
         elif "coreset" in options:  # the other methods' models are small
             check_room(options, backbone, train.images)
-        of_fit = {name: settings[name] for name in inspect.unwrap(fit).__kwdefaults__}
+        fit_options = {name: settings[name] for name in inspect.unwrap(fit).__kwdefaults__}
         start = time.perf_counter()
-        fitted = fit(train.images, backbone, **of_fit)
+        fitted = fit(train.images, backbone, **fit_options)
         seconds = time.perf_counter() - start
         model = make_model(settings, backbone, fitted, train.paths, seconds)
     if options.save:
