@@ -49,7 +49,7 @@ def build_autoencoder(latent: int) -> nn.Sequential:
         resample(nn.Conv2d, 32, 64),  # (B, 64, 16, 16)
         resample(nn.Conv2d, 64, 128),  # (B, 128, 8, 8)
         resample(nn.Conv2d, 128, 128),  # (B, 128, 4, 4)
-        nn.Conv2d(128, latent, 4),  # (B, latent, 1, 1): z, room for the pose, for no speckle
+        nn.Conv2d(128, latent, 4),  # (B, latent, 1, 1): z has room for the pose, not for speckles
         nn.ConvTranspose2d(latent, 128, 4),
         nn.BatchNorm2d(128),
         nn.LeakyReLU(0.1),

@@ -105,8 +105,8 @@ def fit(
     if neighbors > size:
         raise common.UserError(f"--neighbors {neighbors}: the bank holds {size} rows: lower it")
     # differs from the paper: start: the first pick is drawn from the seed. Its code begins with
-    # each row's average distance to ten random rows, which stays in the minimum to the end: with
-    # the same first pick 0.2 % of 940 picks stand at the same place, and a fifth are the same.
+    # each row's average distance to ten random rows, and never takes that out of the minimum. So
+    # even after the same first pick it picks other rows: of 940 a fifth are the same.
     cover = common.greedy_coreset(projected, size, seed, with_cover=True)
     picks, _, _ = cover
     bank = rows[picks.to(rows.device)].cpu()  # M_C
@@ -196,9 +196,9 @@ def detector(state: dict, backbone):
 def result_of(images, batches: list[Scored], origin: torch.Tensor, state: dict) -> common.Result:
     """Puts together the scores, the maps and the tiles of images. `origin` says which row of M each
     row of the bank is."""
-    joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-    maps = common.to_maps(joined[1], images.shape[2])
-    scored = Scored(*[part.cpu() for part in joined])
+    joined = Scored._make(map(torch.cat, zip(*batches, strict=True)))
+    maps = common.to_maps(joined.distances, images.shape[2])
+    scored = Scored._make(part.cpu() for part in joined)
     compared = partial(compare, scored, origin[scored.nearest], state)
     return common.Result(scored.s, maps.cpu(), compared)
 

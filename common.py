@@ -1371,7 +1371,7 @@ def image_auroc(scores, labels) -> float | None:
     None if there is but one label. Raises ValueError for more than two, and for NaN."""
     if len(np.unique(labels)) < 2:
         return None
-    return float(roc_auc_score(np.asarray(labels), np.asarray(scores)))
+    return float(roc_auc_score(labels, scores))
 
 
 def pixel_auroc(maps, masks) -> float | None:
