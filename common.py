@@ -579,8 +579,7 @@ def resnet(name: str):
 
 
 def efficientnet_lite0():
-    """Builds EfficientNet-Lite0 without weights. Returns it and its STAGES, which end at strides 4,
-    8, 16 and 32."""
+    """Builds EfficientNet-Lite0 without weights. Returns it and its STAGES, of strides 4 to 32."""
     # Without a size, it pads each image by its own.
     network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
     network._conv_head = network._bn1 = network._fc = nn.Identity()  # the classifier
@@ -851,16 +850,20 @@ class MemoryBank:
         self.on_cuda = uses_cupy(backend, self.rows)
         self.axes = None if self.on_cuda else useful_axes(sample - self.center)  # (D, m)
         size = block_size(self.rows.device, self.rows.shape[1])
-        parts = map(self.shorten, self.rows.split(size))
-        self.short, self.squared = map(torch.cat, zip(*parts, strict=True))  # (N, m + 1), (N,)
+        parts = [self.prepared(block) for block in self.rows.split(size)]
+        self.short = torch.cat([part.short for part in parts])  # (N, m + 1)
+        self.squared = torch.cat([part.squared for part in parts])  # (N,)
 
-    def shorten(self, x: torch.Tensor):
-        """Returns f(x) of vectors (n, D), and |f(x)|^2, lowered for rounding, (n,)."""
-        centered = x - self.center
-        short = centered.bfloat16() if self.on_cuda else project(centered, self.axes)
-        length = vector_norm(short, dim=1, dtype=torch.float32)
-        margin = MARGIN * x.shape[1] ** 0.5
-        return short, (1 - margin) * length.square()
+    def prepared(self, vectors: torch.Tensor) -> "MemoryBank":
+        """Returns the bank of other vectors (n, D), with the center and the axes of this one."""
+        bank = copy.copy(self)
+        bank.rows = vectors
+        centered = vectors - self.center
+        bank.short = centered.bfloat16() if self.on_cuda else project(centered, self.axes)  # f(x)
+        length = vector_norm(bank.short, dim=1, dtype=torch.float32)
+        margin = MARGIN * vectors.shape[1] ** 0.5
+        bank.squared = (1 - margin) * length.square()  # |f(x)|^2, lowered for rounding
+        return bank
 
     def only(self, keep: torch.Tensor) -> "MemoryBank":
         """Returns the bank of the rows where `keep`, (N,) bool, is True. It copies no row."""
@@ -876,13 +879,6 @@ class MemoryBank:
         part.squared = self.squared[index]
         return part
 
-    def prepared(self, queries: torch.Tensor) -> "MemoryBank":
-        """Returns queries (n, D) as a bank of their own, with the center and axes of this one."""
-        bank = copy.copy(self)
-        bank.rows = queries
-        bank.short, bank.squared = self.shorten(queries)
-        return bank
-
     def lower_bounds(self, queries: "MemoryBank") -> torch.Tensor:
         """Returns lower bounds of the squared distances from P queries to all rows, by one product:
         (P, N), and infinity in as many columns more as complete the last group."""
@@ -894,7 +890,7 @@ class MemoryBank:
 
     @without_autocast()
     def nearest(self, queries: torch.Tensor, k=1):
-        """Returns what `nearest_neighbors` returns. The indices count all rows."""
+        """Returns what `nearest_neighbors` returns. After `only`, too, indices count all rows."""
         queries = torch.as_tensor(queries)
         check_rows("queries", queries)
         if queries.shape[1] != self.rows.shape[1]:
@@ -937,8 +933,7 @@ def nearest_torch(bank: MemoryBank, queries: MemoryBank, k: int):
     number = torch.arange(len(bounds), device=bounds.device)  # (P,)
     measured = measure(queries, bank, number.repeat_interleave(k), first_rows.flatten())
     farthest = measured.view(-1, k).amax(dim=1)  # (P,)
-    # Measure all pairs that the bound does not exclude. Whatever was rounded, these are among them,
-    # so that each query has k pairs.
+    # Measure all pairs that the bound does not exclude. Despite rounding, these k are among them.
     limit = torch.maximum(farthest.square(), smallest[:, -1])
     query, row = pairs_within(limit, groups, least)
     distances = measure(queries, bank, query, row)
@@ -951,9 +946,9 @@ def nearest_torch(bank: MemoryBank, queries: MemoryBank, k: int):
 
 
 def pairs_within(limit, groups, least):
-    """Finds the pairs whose bound is not above the query's limit, (P,) float32. The bounds are
-    (P, G, size), and the least of each group is (P, G). Returns the pairs' queries and rows,
-    (pairs,) int64, ascending."""
+    """Finds the pairs whose bound is not above the query's limit, (P,), by the bounds (P, G, size)
+    and the least of each group, (P, G): numbers of queries and of rows, (pairs,) each, ascending.
+    """
     limit = limit.clamp(max=torch.finfo(limit.dtype).max)[:, None]  # infinity hides a row
     in_query, group = torch.where(least <= limit)  # (groups left,)
     which, place = torch.where(groups[in_query, group] <= limit[in_query])
@@ -1053,12 +1048,11 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     equals, and the distance to it, (N,) float32. All are on the features' device. Raises ValueError
     for another size, and for what `check_rows` refuses.
 
-    The obvious loop reads all N rows at each pick. But a row's distance to the picks can only
-    shrink. So put aside the FRONTIER of the farthest rows, and remember how far the last of them
-    is: no row outside is, or can become, farther than that. While a row inside is farther, the
-    farthest of all rows is inside, and nothing outside has to be read. After that the distances of
-    all rows to the new picks are computed at once, and a new frontier is put aside. The picks are
-    the same.
+    The obvious loop reads all N rows at each pick. But distances to the picks can only shrink. So
+    put aside the FRONTIER of the farthest rows: no row outside can become farther than the last of
+    them is now. While a row inside is farther, the farthest of all is inside, and no other is read.
+    Then all rows are measured against the new picks at once, and the next frontier is put aside.
+    The picks are the same.
     """
     features = torch.as_tensor(features)
     check_rows("features", features)
@@ -1086,9 +1080,8 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
 
 
 def update_distances(bank: MemoryBank, new, count: int, distances, assignment) -> None:
-    """Takes the picks `new`, which come after `count` others, into the min of algorithm 1, line 3.
-    In place, it lowers the distances (N,) float64 to the nearest pick, and changes the assignment
-    (N,), which pick that is."""
+    """Takes the picks `new`, which come after `count` others, into the min of algorithm 1, line 3:
+    lowers the distances (N,) float64, and changes the assignment (N,), in place."""
     picks = bank.at(new)
     size = block_size(bank.rows.device, len(new))
     for start in range(0, len(distances), size):
@@ -1408,8 +1401,7 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
     if len(numbers) == 0:
         return None
     _, region, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
-    # Normal pixels of the same value come at the same moment: from `before` to `after` the curve
-    # rises as a straight slope, whose part left of max_fpr counts.
+    # From `before` to `after` the curve is a straight slope, and its part left of max_fpr counts.
     width = np.maximum(after - before, 1e-300)
     inside = np.clip(max_fpr - before, 0, width)
     areas = inside**2 / (2 * width) + np.maximum(max_fpr - after, 0)
@@ -1417,9 +1409,9 @@ def au_pro(maps, masks, max_fpr=0.3) -> float | None:
 
 
 def false_positive_rates(maps, masks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns for each defective pixel the number of its region, and the false-positive rates just
-    before and just after the threshold comes down to it: the shares of normal pixels above it, and
-    of those above or equal. All are empty if no pixel is normal."""
+    """Returns for each defective pixel the number of its region, and the shares of normal pixels
+    above it and not below it: the false-positive rates before and after a falling threshold reaches
+    it. All are empty if no pixel is normal."""
     maps, masks = map(np.asarray, (maps, masks))
     maps, masks = (part.reshape(-1, *part.shape[-2:]) for part in (maps, masks))
     is_odd = maps.shape != masks.shape or 1 in maps.shape[1:]  # as of (N, H, W, 1)
@@ -1687,7 +1679,7 @@ def drawable(text: str) -> str:
 
 
 def save_picture(run: Run, name, first_line: str, rows: list[list[Cell]]) -> None:
-    """Draws rows of cells, all as large as the first one's pixels allow, under the run's title."""
+    """Draws rows of cells, of 224 to 448 pixels as the first one has, under the run's title."""
     side = min(max(rows[0][0].tile.shape[1], 224), 448)
     strips = [torch.stack([captioned(cell, side) for cell in cells]) for cells in rows]
     # Short rows end in white tiles: (rows, columns, 3, side, side).
@@ -1983,7 +1975,7 @@ def ends_in_one_line():
     except KeyboardInterrupt:
         end(130, "\ninterrupted: nothing was left half-written")
     except OSError as error:
-        if error.filename is None:  # it is stdout's: what it holds is not tried again at the end
+        if error.filename is None:  # of stdout, which the interpreter would flush again at its end
             with suppress(OSError, ValueError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # its reader went away, as in `... | head`
