@@ -180,7 +180,7 @@ class Split(NamedTuple):
     paths: np.ndarray  # (N,) of Path
     kinds: np.ndarray  # (N,) "good" or the defect type
     images: torch.Tensor  # (N, 3, S, S) uint8
-    regions: torch.Tensor  # (N, S, S) int32: 0, or a defect region's number, its own in all images
+    regions: torch.Tensor  # (N, S, S) int32: 0, or a defect region's number, unique in all images
     has_mask: np.ndarray  # (N,) bool: False for a defect whose pixels are not known
 
     @property
@@ -925,11 +925,11 @@ def nearest_torch(bank: MemoryBank, queries: MemoryBank, k: int):
     size = GROUP if k * GROUP <= bounds.shape[1] else 1
     groups = bounds.unflatten(1, (-1, size))  # (P, G, size)
     least = groups.amin(dim=2)  # (P, G), in a tenth of the time of `topk`
-    # Measure the row with the least bound of each of k groups. No neighbor is farther than the
-    # farthest of these rows.
-    smallest, likely = least.topk(k, largest=False)  # (P, k)
-    place = torch.take_along_dim(groups, likely[:, :, None], dim=1).argmin(dim=2)
-    first_rows = likely * size + place
+    # Of the k groups with the least bounds, measure the row with the least bound. No neighbor is
+    # farther than the farthest of these rows.
+    smallest, group = least.topk(k, largest=False)  # (P, k)
+    place = torch.take_along_dim(groups, group[:, :, None], dim=1).argmin(dim=2)
+    first_rows = group * size + place
     number = torch.arange(len(bounds), device=bounds.device)  # (P,)
     measured = measure(queries, bank, number.repeat_interleave(k), first_rows.flatten())
     farthest = measured.view(-1, k).amax(dim=1)  # (P,)
@@ -972,7 +972,7 @@ def useful_axes(sample: torch.Tensor):
     short = project(sample, axes)
     distances = torch.cdist(sample[::32], sample[1::2])
     bounds = torch.cdist(short[::32], short[1::2])
-    left = bounds <= distances.amin(dim=1, keepdim=True)
+    left = bounds <= distances.amin(dim=1, keepdim=True)  # what the bound does not exclude
     saved = 1 - count / columns
     return axes if 25 * left.float().mean() < saved else None
 
@@ -1493,15 +1493,15 @@ class Result(NamedTuple):
 
     scores: torch.Tensor  # (N,) float32: the anomaly scores, high for a defect
     maps: torch.Tensor | None  # (N, S, S) float32: the anomaly maps; None: the method has none
-    cells: Callable  # i, the i-th image (3, S, S), names of the training photos -> list of Cells
+    cells: Callable  # i, image i (3, S, S), names of the training photos -> list of Cells: what else is shown
 
 
 class Fitted(NamedTuple):
     """Holds what `fit` of a method returns."""
 
     state: dict  # what the method's `detector` needs: tensors, numbers and texts
-    calibration: torch.Tensor  # (n,) the training images that the threshold comes from
-    result: Result  # of these images, by models that have not seen them
+    calibration: torch.Tensor  # (n,) int64: which training images set the threshold
+    result: Result  # of those images, by models that have not seen them
     figures: dict  # functions that draw a matplotlib figure, by the name of its file
 
 
