@@ -1493,7 +1493,7 @@ class Result(NamedTuple):
 
     scores: torch.Tensor  # (N,) float32: the anomaly scores, high for a defect
     maps: torch.Tensor | None  # (N, S, S) float32: the anomaly maps; None: the method has none
-    cells: Callable  # i, image i (3, S, S), names of the training photos -> list of Cells: what else is shown
+    cells: Callable  # i, image i (3, S, S), names of the training photos -> list of Cells
 
 
 class Fitted(NamedTuple):
