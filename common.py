@@ -1043,10 +1043,10 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
 
     The features are (N, D) float32, and the size is 1 to N. Returns indices (size,) int64, in the
     order picked: the first is drawn from `seed`, and each next row is the farthest from all picked
-    so far, by float64, and of equals the lowest. If `with_cover` is True, returns also, for each
-    row, which pick is nearest, (N,) int64, as its place in the order picked, the earliest of
-    equals, and the distance to it, (N,) float32. All are on the features' device. Raises ValueError
-    for another size, and for what `check_rows` refuses.
+    so far, by float64, and of equals the lowest. Distances below 1e-19 may be taken for equal. If
+    `with_cover` is True, returns also, for each row, which pick is nearest, (N,) int64, as its
+    place in the order picked, the earliest of equals, and the distance to it, (N,) float32. All are
+    on the features' device. Raises ValueError for another size, and for what `check_rows` refuses.
 
     The obvious loop reads all N rows at each pick. But distances to the picks can only shrink. So
     put aside the FRONTIER of the farthest rows: no row outside can become farther than the last of
