@@ -2089,8 +2089,8 @@ def read_options(method: str, description: str, add_options, fit):
     options = argparse.Namespace(**given | settings)
     options.out /= method
 
-    if options.crop > options.resize:
-        raise UserError(f"--crop {options.crop}: expected at most --resize {options.resize}")
+    if options.crop and not 32 <= options.crop <= options.resize:
+        raise UserError(f"--crop {options.crop}: expected 0, or 32 to --resize {options.resize}")
     if options.device == "auto":
         there = torch.accelerator.is_available()
         options.device = torch.accelerator.current_accelerator().type if there else "cpu"
