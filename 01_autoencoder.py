@@ -38,7 +38,7 @@ def add_options(add):
     # rate instead of the constant 1e-4. It takes minutes, not hours.
     add("--latent", type=common.number(int, 1, 4096), help="numbers in the bottleneck (64)")
     add("--steps", type=common.number(int, 2, 10**9), help="training steps (1500)")
-    add("--learning-rate", type=common.number(float, 1e-12, 1e38), help="its highest (0.002)")
+    add("--learning-rate", type=common.number(float, 1e-12, 1e36), help="its highest (0.002)")
     add("--backbone", choices=["none"], default="none", help="none: it sees the pixels themselves")
 
 

@@ -38,7 +38,7 @@ def add_options(add):
     # differs from the paper: training: 1000 steps instead of 700 epochs, and a learning rate that
     # rises and falls instead of the constant 1e-4.
     add("--steps", type=common.number(int, 2, 10**9), help="training steps (1000)")
-    add("--learning-rate", type=common.number(float, 1e-12, 1e38), help="its highest (0.003)")
+    add("--learning-rate", type=common.number(float, 1e-12, 1e36), help="its highest (0.003)")
 
 
 def regional_features(outputs: list[torch.Tensor]) -> torch.Tensor:

@@ -560,6 +560,7 @@ BAD_OPTIONS = {
     "empty path": ("knn", ["--predict", ""], "--predict: is empty: expected a path"),
     "empty weights": ("knn", ["--weights", ""], "--weights: is empty: expected a path"),
     "rate that explodes": ("dfr", ["--steps", "40", "--learning-rate", "1e30"], "lower it"),
+    "rate above all": ("autoencoder", ["--steps", "2", "--learning-rate", "1e38"], "12 to 1e+36"),
 }
 
 
