@@ -850,9 +850,15 @@ class MemoryBank:
         self.on_cuda = uses_cupy(backend, self.rows)
         self.axes = None if self.on_cuda else useful_axes(sample - self.center)  # (D, m)
         size = block_size(self.rows.device, self.rows.shape[1])
-        parts = [self.prepared(block) for block in self.rows.split(size)]
-        self.short = torch.cat([part.short for part in parts])  # (N, m + 1)
-        self.squared = torch.cat([part.squared for part in parts])  # (N,)
+        # They are allocated once and filled block by block, as torch.cat would take twice the room.
+        first = self.prepared(self.rows[:1])
+        self.short = first.short.new_empty(len(self.rows), first.short.shape[1])  # (N, m + 1)
+        self.squared = first.squared.new_empty(len(self.rows))  # (N,)
+        for start in range(0, len(self.rows), size):
+            part = slice(start, start + size)
+            block = self.prepared(self.rows[part])
+            self.short[part] = block.short
+            self.squared[part] = block.squared
 
     def prepared(self, vectors: torch.Tensor) -> "MemoryBank":
         """Returns the bank of other vectors (n, D), with the center and the axes of this one."""

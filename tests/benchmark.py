@@ -410,8 +410,11 @@ from anomalib.engine import Engine
 from anomalib.models import Patchcore
 from anomalib.pre_processing import PreProcessor
 from pathlib import Path
+from torchvision.models.feature_extraction import NodePathTracer
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
+# This network's convolutions compute their padding, which anomalib's tracing cannot look into.
+NodePathTracer.is_leaf_module = lambda self, module, name: not any(module.children())
 root, out = Path({data!r}), {out!r}
 kinds = sorted(p.name for p in (root / "test").iterdir() if p.is_dir() and p.name != "good")
 data = Folder(name="part", root=root, normal_dir="train/good", normal_test_dir="test/good",

@@ -172,7 +172,7 @@ def test_memory_is_bounded():
     first = (9, 1100, 64, 1, "randn")  # loads what finds axes
     searches = (1000, 60_000, 256, 3, "randn"), (24, 163_840, 8, 1, "ones")
     _, usual, alike = search_memory(first, *searches)
-    assert 62_000 < usual < 140_000  # at least the columns, or nothing was measured
+    assert 62_000 < usual < 110_000  # at least the columns, and not twice while they are joined
     assert alike < 300_000  # where all rows are alike, all are measured
 
 
