@@ -43,7 +43,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-# So long an idle thread of torch stays awake. If it sleeps sooner, it has to be woken for each
+# How long an idle thread of torch stays awake. If it sleeps sooner, it has to be woken for each
 # parallel part; if much later, two runs at once slow each other. torch reads this at its import.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
@@ -739,13 +739,23 @@ def resize(images: torch.Tensor, size) -> torch.Tensor:
 
 
 def collect(batches, count: int, scratch=None) -> list[torch.Tensor]:
-    """Joins batches, each a list of features (B, ...), to a list of (count, ...) float32 tensors.
-    They are allocated once and filled batch by batch, as torch.cat would take twice the room."""
+    """Joins batches, each a list of features (B, ...), to a list of (count, ...) float32 tensors,
+    which lie where `allocate` puts them."""
+
+    def new(part, shape):
+        return allocate(shape, part.device, scratch)
+
+    return joined(batches, count, new)
+
+
+def joined(batches, count: int, new=torch.Tensor.new_empty) -> list[torch.Tensor]:
+    """Joins batches, each a list of tensors (B, ...), to a list of (count, ...) tensors. Each is
+    made once, by new(part, shape), and filled: torch.cat would take twice the room."""
     stores = []
     end = 0
     for batch in batches:
         if not stores:
-            stores = [allocate((count, *part.shape[1:]), part.device, scratch) for part in batch]
+            stores = [new(part, (count, *part.shape[1:])) for part in batch]
         for store, part in zip(stores, batch, strict=True):
             store[end : end + len(part)] = part
         end += len(batch[0])
@@ -850,15 +860,9 @@ class MemoryBank:
         self.on_cuda = uses_cupy(backend, self.rows)
         self.axes = None if self.on_cuda else useful_axes(sample - self.center)  # (D, m)
         size = block_size(self.rows.device, self.rows.shape[1])
-        # They are allocated once and filled block by block, as torch.cat would take twice the room.
-        first = self.prepared(self.rows[:1])
-        self.short = first.short.new_empty(len(self.rows), first.short.shape[1])  # (N, m + 1)
-        self.squared = first.squared.new_empty(len(self.rows))  # (N,)
-        for start in range(0, len(self.rows), size):
-            part = slice(start, start + size)
-            block = self.prepared(self.rows[part])
-            self.short[part] = block.short
-            self.squared[part] = block.squared
+        blocks = map(self.prepared, self.rows.split(size))
+        parts = ([block.short, block.squared] for block in blocks)
+        self.short, self.squared = joined(parts, len(self.rows))  # (N, m + 1), (N,)
 
     def prepared(self, vectors: torch.Tensor) -> "MemoryBank":
         """Returns the bank of other vectors (n, D), with the center and the axes of this one."""
@@ -931,15 +935,16 @@ def nearest_torch(bank: MemoryBank, queries: MemoryBank, k: int):
     size = GROUP if k * GROUP <= bounds.shape[1] else 1
     groups = bounds.unflatten(1, (-1, size))  # (P, G, size)
     least = groups.amin(dim=2)  # (P, G), in a tenth of the time of `topk`
-    # Of the k groups with the least bounds, measure the row with the least bound. No neighbor is
-    # farther than the farthest of these rows.
+    # In each of the k groups with the least bounds, measure the row whose bound is least. No
+    # neighbor is farther than the farthest of these rows.
     smallest, group = least.topk(k, largest=False)  # (P, k)
     place = torch.take_along_dim(groups, group[:, :, None], dim=1).argmin(dim=2)
     first_rows = group * size + place
     number = torch.arange(len(bounds), device=bounds.device)  # (P,)
     measured = measure(queries, bank, number.repeat_interleave(k), first_rows.flatten())
     farthest = measured.view(-1, k).amax(dim=1)  # (P,)
-    # Measure all pairs that the bound does not exclude. Despite rounding, these k are among them.
+    # Measure all pairs that the bound does not exclude. `smallest` keeps these k among them,
+    # whatever the rounding.
     limit = torch.maximum(farthest.square(), smallest[:, -1])
     query, row = pairs_within(limit, groups, least)
     distances = measure(queries, bank, query, row)
@@ -1685,7 +1690,8 @@ def drawable(text: str) -> str:
 
 
 def save_picture(run: Run, name, first_line: str, rows: list[list[Cell]]) -> None:
-    """Draws rows of cells, of 224 to 448 pixels as the first one has, under the run's title."""
+    """Draws rows of cells under the run's title. All are as large as the first one's tile, but 224
+    to 448 pixels."""
     side = min(max(rows[0][0].tile.shape[1], 224), 448)
     strips = [torch.stack([captioned(cell, side) for cell in cells]) for cells in rows]
     # Short rows end in white tiles: (rows, columns, 3, side, side).
@@ -1886,8 +1892,8 @@ def print_row(first: str, values, last: str) -> None:
 
 
 def note_false_alarms(run: Run, metrics: dict) -> None:
-    """Prints a remark if more normal test images are above the threshold than in all but one of a
-    thousand runs by chance, which is binomial: train/good alone cannot show what it lacks."""
+    """Prints a remark if so many normal test images are above the threshold as chance, which is
+    binomial, brings in less than one run of a thousand. train/good alone cannot show its gaps."""
     rate = max(run.options.false_alarm_rate, 1 / (len(run.model["scores"]) + 1))
     alarms = metrics["false_alarms"]
     count = metrics["normal_images"]
