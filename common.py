@@ -850,9 +850,9 @@ class MemoryBank:
     """
 
     @without_autocast()
-    def __init__(self, rows: torch.Tensor, backend="auto"):
+    def __init__(self, rows: torch.Tensor, backend="auto", name="bank"):
         self.rows = torch.as_tensor(rows).detach()  # (N, D)
-        check_rows("bank", self.rows)
+        check_rows(name, self.rows)
         self.backend = backend
         step = len(self.rows) // 2048 | 1  # odd: not the same patch position in every image
         sample = self.rows[::step]  # (1366 to 4095, D), or all rows if they are fewer
@@ -1066,15 +1066,14 @@ def greedy_coreset(features, size, seed=0, backend="auto", with_cover=False):
     The picks are the same.
     """
     features = torch.as_tensor(features)
-    check_rows("features", features)
-    if not 1 <= size <= len(features):
-        raise ValueError(f"size is {size}: expected 1 to {len(features)}, the number of features")
     device = features.device
     rows = features.detach()
     rows = rows.cpu() if device.type == "mps" else rows  # MPS has no float64
+    bank = MemoryBank(rows, backend, "features")  # the name in its errors
+    if not 1 <= size <= len(rows):
+        raise ValueError(f"size is {size}: expected 1 to {len(rows)}, the number of features")
     distances = rows.new_full((len(rows),), torch.inf, dtype=torch.float64)
     assignment = torch.zeros_like(distances, dtype=torch.int64)
-    bank = MemoryBank(rows, backend)
     draw = torch.Generator().manual_seed(seed)
     new = torch.randint(len(rows), (1,), generator=draw).to(rows.device)
     picks = new[:0]

@@ -148,7 +148,7 @@ def test_a_gpu_is_waited_for_twice_a_search_and_once_a_frontier(kernels, generat
     kernels.clear()
     with Waits() as waits:
         common.greedy_coreset(features, 400)
-    assert waits.count == kernels.count("pick_inside") + 2  # are the features finite, twice
+    assert waits.count == kernels.count("pick_inside") + 1  # are the features finite
 
 
 def test_coreset_with_ties_on_the_processor(kernels, monkeypatch):
